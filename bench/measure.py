@@ -1,0 +1,142 @@
+"""One measurement, one JSON line: correctness first, then time, memory, and where it was taken.
+
+What fails its check gets no number. Rows are appended to bench/results/<name>.jsonl, never rewritten.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the first one, then the 20th, 50th and 80th percentile of the warm ones.
+
+    peak_bytes: the most memory held while the warm calls ran: torch's on a GPU, else the process's resident set,
+    everything it holds included; None where the system does not tell
+    """
+
+    first_s: float
+    p20_s: float
+    p50_s: float
+    p80_s: float
+    calls: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line. error: the largest absolute one against the float64 reference; roofline_share: of the speed the
+    machine allows, measured in the same run; above 1 where the data stay in a cache that the roofline did not use."""
+
+    op: str
+    case: str
+    backend: str
+    dtype: str
+    timing: Timing
+    error: float
+    roofline_share: float | None = None
+
+
+def time_calls(call: Callable[[], object], device: torch.device, warmup: int = 2, calls: int = 20) -> Timing:
+    """Time `call` on `device`; it returns or writes its result, and must be repeatable."""
+    seconds = []
+    for index in range(1 + warmup + calls):
+        if index == 1 + warmup:
+            _reset_peak(device)
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    warm = statistics.quantiles(seconds[1 + warmup :], n=10, method="inclusive")
+    return Timing(seconds[0], warm[1], warm[4], warm[7], calls, _peak_bytes(device))
+
+
+def check(name: str, error: float, allowed: float) -> float:
+    """`error`, if it is allowed. Raises: RuntimeError otherwise, so that no number is written for a wrong result."""
+    if not error <= allowed:
+        raise RuntimeError(f"{name} is wrong: error {error:.3g}, allowed {allowed:.3g}; nothing was recorded")
+    return error
+
+
+def append(name: str, row: Row, device: torch.device) -> dict[str, object]:
+    """Append the row, with the machine's and the code's identity, to bench/results/<name>.jsonl; returns the line."""
+    fields = asdict(row)
+    line = {**fields, **fields.pop("timing"), **provenance(device)}
+    del line["timing"]
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """What every row says of its origin: commit, machine, versions, threads, load, time."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    on_gpu = device.type == "cuda"
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(changed) if changed is not None else None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "driver": f"CUDA {torch.version.cuda}" if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # over the last minute: above the core count the seconds are not the op's
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*args: str) -> str | None:
+    """Output of git in the checkout, or None outside one."""
+    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x{len(names)}" if names else platform.processor()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (refs := Path("/proc/self/clear_refs")).exists():
+        refs.write_text("5")  # Linux: the peak resident set restarts from the present one
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return peaks[0] if peaks else None

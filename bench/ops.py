@@ -1,0 +1,116 @@
+"""Ops against their baselines, in one run: `python -m bench.ops [--threads 1 2]`.
+
+merge_weights: our native module and our reference against torch's `_foreach` functions, all writing given tensors.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench.measure import Row, append, check, time_calls
+from forgedit_kernels import available_backends, merge_weights, merge_weights_reference
+
+CPU = torch.device("cpu")
+KEEP = 0.3
+CROSS_DOWN, CROSS_UP = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+UNETS = {
+    # Stable Diffusion 1.4's own shapes; the learned encoder weights, as `noencoder` merges them
+    "sd14-encoder": {"sample_size": 64, "cross_attention_dim": 768},
+    # a small UNet of the same blocks, the size of the bundled one: many tensors, few elements each
+    "small-unet-encoder": {"sample_size": 16, "cross_attention_dim": 128, "block_out_channels": (64, 96, 128, 128)},
+}
+
+Tensors = list[torch.Tensor]
+
+
+def encoder_shapes(config: dict[str, object]) -> list[torch.Size]:
+    """Shapes of the trainable encoder parameters (METHOD item 5) of a UNet with SD's blocks."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            **config,
+            down_block_types=(*CROSS_DOWN, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *CROSS_UP),
+        )
+    names = unet.named_parameters()
+    return [w.shape for name, w in names if "down_blocks" in name and "down_blocks.0" not in name]
+
+
+def merge_backends(original: Tensors, tuned: Tensors, out: Tensors) -> dict[str, Callable[[], Tensors]]:
+    """Each backend's merge, into `out` where it does not say otherwise; returns the merged tensors, can be repeated."""
+
+    def foreach_mul_add() -> Tensors:
+        torch._foreach_copy_(out, tuned)
+        torch._foreach_mul_(out, KEEP)
+        torch._foreach_add_(out, original, alpha=1 - KEEP)
+        return out
+
+    def foreach_lerp() -> Tensors:
+        torch._foreach_copy_(out, original)
+        torch._foreach_lerp_(out, tuned, KEEP)
+        return out
+
+    def ours(backend: str) -> Callable[[], Tensors]:
+        return lambda: merge_weights(original, tuned, KEEP, out, backend=backend)
+
+    return {
+        **{backend: ours(backend) for backend in available_backends(CPU)},
+        "torch._foreach mul, add": foreach_mul_add,
+        "torch._foreach lerp": foreach_lerp,
+        "torch._foreach lerp, new tensors": lambda: list(torch._foreach_lerp(original, tuned, KEEP)),
+    }
+
+
+def merge_error(original: Tensors, tuned: Tensors, merged: Tensors) -> tuple[float, float]:
+    """The largest error of `merged` against float64, and the one allowed: twice the reference's plus half a unit."""
+    error = own = scale = 0.0
+    for w_original, w_tuned, w in zip(original, tuned, merged, strict=True):
+        truth, reference = torch.empty_like(w, dtype=torch.float64), torch.empty_like(w)
+        merge_weights_reference([w_original.double()], [w_tuned.double()], KEEP, [truth])
+        merge_weights_reference([w_original], [w_tuned], KEEP, [reference])
+        error = max(error, float((w.double() - truth).abs().max()))
+        own = max(own, float((reference.double() - truth).abs().max()))
+        scale = max(scale, float(truth.abs().max()))
+    return error, 2 * own + torch.finfo(merged[0].dtype).eps / 2 * scale
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of torch's own copy of 512 MiB at the present thread count: the roofline."""
+    source = torch.ones(2**27)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_calls(lambda: target.copy_(source), CPU, calls=5).p50_s
+
+
+def bench_merge_weights(threads: int) -> None:
+    torch.set_num_threads(threads)
+    bandwidth = copy_bandwidth()
+    for case, config in UNETS.items():
+        shapes = encoder_shapes(config)
+        full_size = case.startswith("sd14")
+        for dtype in (torch.float32,) if full_size else (torch.float32, torch.bfloat16, torch.float16):
+            generator = torch.Generator().manual_seed(0)
+            original = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+            tuned = [w + 0.1 * w.flip(0) for w in original]
+            out = [torch.empty_like(w) for w in original]
+            least_bytes = 3 * sum(w.nbytes for w in out)
+            for backend, call in merge_backends(original, tuned, out).items():
+                torch._foreach_mul_(out, float("nan"))
+                error = check(f"merge_weights {backend}", *merge_error(original, tuned, call()))
+                timing = time_calls(call, CPU, warmup=1, calls=5 if full_size else 50)
+                share = least_bytes / timing.p50_s / bandwidth
+                row = Row("merge_weights", case, backend, str(dtype)[6:], timing, error, share)
+                append("ops", row, CPU)
+                milliseconds = f"{timing.p50_s * 1e3:9.3f} ms, {share:.2f} of a copy's bandwidth"
+                print(f"{case:20} {row.dtype:9} threads {threads} {backend:34} {milliseconds}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure (default 1 2)")
+    for threads in parser.parse_args().threads:
+        bench_merge_weights(threads)
+
+
+if __name__ == "__main__":
+    main()

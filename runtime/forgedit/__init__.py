@@ -1,0 +1,30 @@
+"""Edit one photo by text: learn it, then forget what the edit must change."""
+
+import logging
+
+from forgedit.config import STRATEGIES, Defaults, EditConfig, SweepConfig, TuneConfig
+from forgedit.editor import Editor
+from forgedit.errors import Cancelled, ForgeditError, InputError, ModelError, SessionError, TuneDiverged
+from forgedit.progress import StepEvent
+from forgedit.session import Edit, SavedSession, Session
+
+__all__ = [
+    "STRATEGIES",
+    "Cancelled",
+    "Defaults",
+    "Edit",
+    "EditConfig",
+    "Editor",
+    "ForgeditError",
+    "InputError",
+    "ModelError",
+    "SavedSession",
+    "Session",
+    "SessionError",
+    "StepEvent",
+    "SweepConfig",
+    "TuneConfig",
+    "TuneDiverged",
+]
+
+logging.getLogger("forgedit").addHandler(logging.NullHandler())

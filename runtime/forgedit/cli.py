@@ -1,0 +1,130 @@
+"""The command line: edit, tune, sweep, caption, info, demo.
+
+Exit codes: 0 done; 1 the machine or the model failed; 2 wrong input, nothing was written; 130 interrupted, what was
+finished is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from forgedit.config import EditConfig, SweepConfig, TuneConfig
+from forgedit.console import Console
+from forgedit.delta import DELTA_FORMATS
+from forgedit.editor import Editor
+from forgedit.errors import ForgeditError, InputError, SessionError
+from forgedit.flags import add_flags
+from forgedit.run import check_job, run_job
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. argv: its words, None for the process's own. Returns: the exit code."""
+    console = Console(json_lines=False)
+    try:
+        args = _parser().parse_args(argv)
+        console = Console(args.json)
+        return _run(args, console)
+    except (InputError, SessionError) as error:
+        console.error(str(error))
+        return 2
+    except (ForgeditError, RuntimeError, OSError) as error:
+        console.error(str(error))
+        return 1
+    except KeyboardInterrupt:
+        console.error("interrupted; nothing was finished")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="forgedit", description="Edit one photo by text.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"forgedit {version('forgedit')}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    everywhere = _Parser(add_help=False)
+    everywhere.add_argument("--model", default="bundled", help="'bundled' or a folder in diffusers' layout")
+    everywhere.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda")
+    everywhere.add_argument("--backend", default="auto", help="auto, reference or native")
+    everywhere.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads; left out: 1 for the bundled model, which is small, else torch's choice",
+    )
+    everywhere.add_argument("--json", action="store_true", help="one JSON line per event on stdout")
+
+    def command(name: str, about: str) -> _Parser:
+        return commands.add_parser(name, help=about, description=about, parents=[everywhere], allow_abbrev=False)
+
+    delta_help = "how --save stores the tuned weights; left out: fp32, exact; each next one is smaller and rounds more"
+    for name, kind in (("edit", EditConfig), ("sweep", SweepConfig)):
+        sub = command(name, f"{name} a photo, or a session saved by `tune`, towards a target prompt")
+        sub.add_argument("photo", metavar="PHOTO|SESSION", type=Path)
+        sub.add_argument("target", metavar="TARGET")
+        sub.add_argument("--out", metavar="DIR", type=Path, help="left out: out/ and the photo's name")
+        sub.add_argument("--save", metavar="FILE", type=Path, help="keep the tuned session too")
+        sub.add_argument("--delta", choices=DELTA_FORMATS, help=delta_help)
+        add_flags(sub, kind)
+        add_flags(sub, TuneConfig, prefix="tune_")
+    sub = command("tune", "learn a photo and save it as a session")
+    sub.add_argument("photo", metavar="PHOTO", type=Path)
+    sub.add_argument("--save", metavar="FILE", type=Path, required=True)
+    sub.add_argument("--delta", choices=DELTA_FORMATS, help=delta_help)
+    add_flags(sub, TuneConfig)
+    command("caption", "say what is in a photo").add_argument("photo", metavar="PHOTO", type=Path)
+    command("info", "say what the model, the machine and the recommended settings are")
+    sub = command("demo", "tune, edit and sweep the photo that comes with the model")
+    sub.add_argument("--out", metavar="DIR", type=Path, default=Path("out/demo"))
+    return parser
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    logging.basicConfig(format="forgedit: %(message)s")
+    _set_machine(args)
+    job = None if args.command == "info" else check_job(args)
+    begin = time.perf_counter()
+    try:
+        editor = Editor.from_pretrained(args.model, args.device, args.backend)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    load_seconds = time.perf_counter() - begin
+    if job is None:
+        facts = {**editor.info(), "threads": torch.get_num_threads(), "recommended": asdict(editor.defaults)}
+        console.event("info", **facts)
+        console.text(json.dumps(facts, indent=2))
+        return 0
+    if args.command == "caption":
+        assert job.photo is not None
+        caption = editor.caption(job.photo)
+        console.event("caption", caption=caption)
+        console.text(caption)
+        return 0
+    return run_job(job, args, editor, console, load_seconds)
+
+
+def _set_machine(args: argparse.Namespace) -> None:
+    """Check the model folder's place and the device, and set the threads. Raises: InputError."""
+    if args.model != "bundled" and not Path(args.model).is_dir():
+        raise InputError(f"no model folder {args.model!r}; expected 'bundled' or a folder in diffusers' layout")
+    if args.threads is None and args.model == "bundled":
+        args.threads = 1  # small arrays gain little from threads, and a busy machine spins at their barriers
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InputError(f"--threads {args.threads} is out of range; expected a whole number >= 1")
+        torch.set_num_threads(args.threads)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without the device
+        raise InputError(f"device {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error

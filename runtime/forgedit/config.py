@@ -1,0 +1,264 @@
+"""Settings as frozen dataclasses, their named presets, and the grammar of forgetting strategies.
+
+Standard library only. Every value is checked when it is built: ValueError says what was got and what is allowed.
+Defaults are METHOD's for Stable Diffusion 1.x; a model folder may carry its own (Defaults).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# What each strategy resets to the original weights: a predicate over UNet parameter names. The name says what is kept.
+STRATEGIES: dict[str, str] = {
+    "none": "",
+    "encoderkv": "down_blocks and not (attn2.to_k or attn2.to_v)",
+    "noencoder": "'down_blocks'",
+    "encoderattn": "down_blocks and not attn",
+    "encoderattn+encoder1": "down_blocks and not (attn or down_blocks.1)",
+    "decoderkv": "up_blocks and not (attn2.to_k or attn2.to_v)",
+    "nodecoder": "'up_blocks'",
+    "decoderattn": "up_blocks and not attn",
+    "decoderattn+decoder2": "up_blocks and not (attn or up_blocks.2)",
+}
+
+# Fields of TuneConfig whose value depends on the profile. loss_threshold 0 never stops early.
+PROFILES: dict[str, dict[str, Any]] = {"official": dict(num_steps=40, batch_size=10, unet_lr=6e-5, embedding_lr=1e-3)}
+PROFILES["official"] |= dict(text_encoder_lr=0.0, loss_threshold=0.03, loss_scale=65536.0)
+PROFILES["paper"] = PROFILES["official"] | dict(loss_scale=1.0)
+PROFILES["dreambooth"] = dict(num_steps=100, batch_size=4, unet_lr=5e-6, embedding_lr=0.0)
+PROFILES["dreambooth"] |= dict(text_encoder_lr=5e-6, loss_threshold=0.0, loss_scale=65536.0)
+
+BY_PROFILE: Any = None  # a field left at this value takes its profile's preset
+
+_TOKEN = re.compile(r"""\s*(?:([()])|'([^']+)'|"([^"]+)"|([\w.+-]+))""")
+
+
+def parse_strategy(strategy: str) -> Callable[[str], bool]:
+    """Turn a strategy into a test of one parameter name: True where the weight is reset to the original.
+
+    strategy: a name of STRATEGIES, or a predicate of substrings joined by `and`, `or`, `not` and parentheses, such as
+        "down_blocks and not attn". Substrings may be quoted; a predicate of one substring must be, as a bare word
+        alone is a strategy's name.
+    Raises: ValueError for an unknown name or a malformed predicate
+    """
+    expression = STRATEGIES.get(strategy, strategy)
+    if strategy == "none":
+        return lambda name: False
+    if strategy not in STRATEGIES and re.fullmatch(r"[\w.+-]*", strategy):
+        names = ", ".join(STRATEGIES)
+        raise ValueError(
+            f"unknown strategy {strategy!r}; expected one of: {names}; or a predicate like 'down_blocks and not attn'"
+        )
+    tokens = _tokenize(expression)
+    if len(tokens) > 100:  # each may nest, and the parser recurses
+        raise ValueError(f"malformed strategy: {len(tokens)} words and brackets; expected at most 100")
+    predicate = _parse(tokens, expression)
+    if tokens:
+        raise ValueError(f"malformed strategy {expression!r}: unexpected {tokens[0][1]!r}")
+    return predicate
+
+
+def _tokenize(expression: str) -> list[tuple[str, str]]:
+    tokens, position, text = [], 0, expression.rstrip()
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise ValueError(f"malformed strategy {expression!r}: cannot read {text[position:]!r}")
+        bracket, single, double, bare = match.groups()
+        if bracket or bare in ("and", "or", "not"):
+            tokens.append(("op", bracket or bare))
+        else:
+            tokens.append(("text", single or double or bare))
+        position = match.end()
+    return tokens
+
+
+def _parse(
+    tokens: list[tuple[str, str]], expression: str, joins: tuple[str, ...] = ("or", "and")
+) -> Callable[[str], bool]:
+    if not joins:
+        return _parse_not(tokens, expression)
+    terms = [_parse(tokens, expression, joins[1:])]
+    while tokens and tokens[0] == ("op", joins[0]):
+        tokens.pop(0)
+        terms.append(_parse(tokens, expression, joins[1:]))
+    combine = any if joins[0] == "or" else all
+    return lambda name: combine(term(name) for term in terms)
+
+
+def _parse_not(tokens: list[tuple[str, str]], expression: str) -> Callable[[str], bool]:
+    if not tokens:
+        raise ValueError(f"malformed strategy {expression!r}: a substring is missing at its end")
+    kind, value = tokens.pop(0)
+    if (kind, value) == ("op", "not"):
+        inner = _parse_not(tokens, expression)
+        return lambda name: not inner(name)
+    if (kind, value) == ("op", "("):
+        inner = _parse(tokens, expression)
+        if not tokens or tokens.pop(0) != ("op", ")"):
+            raise ValueError(f"malformed strategy {expression!r}: a ')' is missing")
+        return inner
+    if kind == "op":
+        raise ValueError(f"malformed strategy {expression!r}: unexpected {value!r}")
+    return lambda name: value in name
+
+
+def _require(ok: bool, field: str, got: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{field} {got!r} is out of range; expected {allowed}")
+
+
+def _choice(field: str, got: object, names: tuple[str, ...]) -> None:
+    if got not in names:
+        raise ValueError(f"unknown {field} {got!r}; expected one of: {', '.join(names)}")
+
+
+def _whole(field: str, got: object, low: int) -> None:
+    _require(isinstance(got, int) and not isinstance(got, bool) and got >= low, field, got, f"a whole number >= {low}")
+
+
+def _number(field: str, got: object, low: float = -math.inf, high: float = math.inf) -> None:
+    ok = isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got) and low <= got <= high
+    _require(ok, field, got, f"a finite number in [{low}, {high}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How one photo is learned (METHOD sections 1, 2 and 6). Fields left out take their profile's preset (PROFILES).
+
+    width, height: pixels, None for the model's own; the area to fill with resize 'fit', the size with 'squash'
+    caption: replaces the captioner's
+    Raises: ValueError naming the field
+    """
+
+    profile: str = "official"
+    num_steps: int = BY_PROFILE
+    batch_size: int = BY_PROFILE
+    unet_lr: float = BY_PROFILE
+    embedding_lr: float = BY_PROFILE
+    text_encoder_lr: float = BY_PROFILE
+    loss_threshold: float = BY_PROFILE
+    min_samples: int = 350
+    loss_scale: float = BY_PROFILE
+    eps: float = 1e-8
+    resize: str = "fit"
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+    caption: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("profile", self.profile, tuple(PROFILES))
+        _choice("resize", self.resize, ("fit", "squash"))
+        for field, preset in PROFILES[self.profile].items():
+            if getattr(self, field) is BY_PROFILE:
+                object.__setattr__(self, field, preset)
+        for field, low in (("num_steps", 1), ("batch_size", 1), ("min_samples", 0), ("seed", 0)):
+            _whole(field, getattr(self, field), low)
+        for field in ("unet_lr", "embedding_lr", "text_encoder_lr", "loss_threshold", "eps"):
+            _number(field, getattr(self, field), 0.0)
+        _number("loss_scale", self.loss_scale)
+        _require(self.loss_scale > 0, "loss_scale", self.loss_scale, "a number > 0")
+        for field in ("width", "height"):
+            if getattr(self, field) is not None:
+                _whole(field, getattr(self, field), 32)
+        unused = "embedding_lr" if self.profile == "dreambooth" else "text_encoder_lr"
+        _require(getattr(self, unused) == 0, unused, getattr(self, unused), f"0 in profile {self.profile}")
+
+    def replace(self, **changes: Any) -> TuneConfig:
+        """The same settings with changes. A new profile brings along each preset in which it differs from the old."""
+        profile = changes.get("profile", self.profile)
+        if profile in PROFILES:
+            old, new = PROFILES[self.profile], PROFILES[profile]
+            changes = {field: new[field] for field in new if new[field] != old[field]} | changes
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """How one edit is made (METHOD sections 3 to 5).
+
+    strategy: a name of STRATEGIES or a predicate (parse_strategy)
+    keep: share of the tuned weight kept where the strategy matches
+    blend: 'vs' reads gamma; 'vp' reads identity_weight and edit_weight
+    Raises: ValueError naming the field
+    """
+
+    strategy: str = "none"
+    keep: float = 0.0
+    blend: str = "vs"
+    gamma: float = 1.0
+    identity_weight: float = 1.0
+    edit_weight: float = 1.0
+    num_steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        parse_strategy(self.strategy)
+        _choice("blend", self.blend, ("vs", "vp"))
+        _number("keep", self.keep, 0.0, 1.0)
+        for field in ("gamma", "identity_weight", "edit_weight", "guidance_scale"):
+            _number(field, getattr(self, field))
+        _whole("num_steps", self.num_steps, 1)
+        _whole("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """A grid of edits: strategies, then strengths (gammas, or identity_weights by edit_weights), then seeds."""
+
+    strategies: tuple[str, ...] = ("none", "encoderattn", "decoderattn")
+    blend: str = "vs"
+    gammas: tuple[float, ...] = (0.8, 1.0, 1.2, 1.4)
+    identity_weights: tuple[float, ...] = (0.9, 1.0)
+    edit_weights: tuple[float, ...] = (1.0, 1.2, 1.4)
+    seeds: tuple[int, ...] = (0,)
+    keep: float = 0.0
+    num_steps: int = 50
+    guidance_scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        for field in ("strategies", "gammas", "identity_weights", "edit_weights", "seeds"):
+            values = getattr(self, field)
+            _require(not isinstance(values, str) and len(values) > 0, field, values, "at least one value")
+            object.__setattr__(self, field, tuple(values))
+        self.edits()
+
+    def edits(self) -> list[EditConfig]:
+        """Every edit of the grid, those of one strategy together."""
+        strengths: list[dict[str, Any]] = [dict(gamma=gamma) for gamma in self.gammas]
+        if self.blend == "vp":
+            pairs = itertools.product(self.identity_weights, self.edit_weights)
+            strengths = [dict(identity_weight=identity, edit_weight=edit) for identity, edit in pairs]
+        fixed = {field: getattr(self, field) for field in ("blend", "keep", "num_steps", "guidance_scale")}
+        return [
+            EditConfig(strategy=strategy, seed=seed, **fixed, **strength)
+            for strategy, strength, seed in itertools.product(self.strategies, strengths, self.seeds)
+        ]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings a model folder recommends; METHOD's where it says nothing."""
+
+    tune: TuneConfig
+    edit: EditConfig
+    sweep: SweepConfig
+
+    @classmethod
+    def merged(cls, recommended: Mapping[str, Mapping[str, Any]]) -> Defaults:
+        """recommended: the "tune", "edit" and "sweep" objects of forgedit.json, each optional.
+
+        Raises: TypeError for an unknown field, ValueError for a bad value
+        """
+        unknown = set(recommended) - {"tune", "edit", "sweep"}
+        _require(not unknown, "sections", sorted(unknown), "tune, edit, sweep")
+        tune, edit, sweep = (recommended.get(section, {}) for section in ("tune", "edit", "sweep"))
+        return cls(TuneConfig(**tune), EditConfig(**edit), SweepConfig(**sweep))

@@ -1,0 +1,82 @@
+"""What the command line prints: JSON lines or text to stdout, a progress bar to a terminal's stderr."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from forgedit.progress import StepEvent
+
+BAR = 24  # characters
+PACED = ("tune", "sample")  # stages of many equal steps
+
+
+class Console:
+    """One command's output.
+
+    json_lines: one JSON object a line on stdout, and no text; the bar shows only on a terminal, and not with it
+    """
+
+    def __init__(self, json_lines: bool) -> None:
+        self._json = json_lines
+        self._bar = sys.stderr.isatty() and not json_lines
+        self._start = 0.0  # of the tune or of the whole sweep, less what comes before its first paced stage
+        self.count(0, 1)
+
+    def count(self, index: int, total: int) -> None:
+        """The steps that come belong to edit `index` (from 0) of `total`."""
+        self._index, self._total = index, total
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One JSON line; nothing in text mode."""
+        if self._json:
+            print(json.dumps({"event": name, **fields}, allow_nan=False), flush=True)
+
+    def text(self, *lines: str) -> None:
+        """Lines of text; nothing in JSON mode."""
+        self.clear()
+        if not self._json:
+            print("\n".join(lines), flush=True)
+
+    def error(self, message: str) -> None:
+        """One line on stderr, in every mode."""
+        self.clear()
+        print(f"forgedit: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+    def step(self, event: StepEvent) -> None:
+        """Show one step: stage, step, loss, and the seconds left of the tune or of the whole sweep."""
+        self.event("step", **asdict(event))
+        if not self._bar:
+            return
+        now = time.perf_counter()
+        if self._index == 0 and event.stage not in PACED:
+            self._start = now
+        words = [f"{event.stage} {event.step}/{event.total}"]
+        if self._total > 1:
+            words.insert(0, f"edit {self._index + 1}/{self._total}")
+        if event.loss is not None:
+            words.append(f"loss {event.loss:.4f}")
+        if event.stage in PACED:
+            done = (self._index + event.step / event.total) / self._total
+            filled = round(done * BAR)
+            words.insert(0, f"[{'#' * filled}{'.' * (BAR - filled)}]")
+            words.append(f"{(now - self._start) * (1 - done) / done:.0f} s left")
+        line = "  ".join(words)[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns, each as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
+    return ["  ".join(cells).rstrip() for cells in lines]

@@ -1,0 +1,60 @@
+"""Command-line flags made from the fields of the configs, and configs made from the flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+from forgedit.config import EditConfig, SweepConfig, TuneConfig
+from forgedit.errors import InputError
+
+Config = TuneConfig | EditConfig | SweepConfig
+_SHARED = {field.name for field in dataclasses.fields(TuneConfig)} & {
+    field.name for kind in (EditConfig, SweepConfig) for field in dataclasses.fields(kind)
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[Config], prefix: str = "") -> None:
+    """One flag per field of `kind`, named as the field; a field of several values takes them comma-separated.
+
+    prefix: stands before a name that tuning and editing share (num_steps, seed), where a command does both
+    """
+    group = parser.add_argument_group(f"{kind.__name__} settings (left out: the model folder's own, see `info`)")
+    for name, hint in get_type_hints(kind).items():
+        flag = f"--{prefix if name in _SHARED else ''}{name}".replace("_", "-")
+        several = hint in (tuple[str, ...], tuple[int, ...], tuple[float, ...])
+        of = next((choice for choice in (*get_args(hint), hint) if choice in (str, int, float)), str)
+        group.add_argument(
+            flag,
+            dest=f"{kind.__name__}.{name}",
+            type=_several(of) if several else of,
+            metavar=f"{of.__name__.upper()}{',…' if several else ''}",
+            default=None,
+        )
+
+
+def given(args: argparse.Namespace, kind: type[Config]) -> dict[str, Any]:
+    """The fields of `kind` that the command line sets."""
+    values = {field.name: getattr(args, f"{kind.__name__}.{field.name}", None) for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def changed(args: argparse.Namespace, default: Any) -> Any:
+    """`default`, a config, with the fields that the command line sets. Raises: InputError for a bad value."""
+    changes = given(args, type(default))
+    try:
+        return (
+            default.replace(**changes) if isinstance(default, TuneConfig) else dataclasses.replace(default, **changes)
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _several(of: type) -> Callable[[str], tuple[Any, ...]]:
+    def values(text: str) -> tuple[Any, ...]:
+        return tuple(of(part.strip()) for part in text.split(","))
+
+    values.__name__ = f"comma-separated {of.__name__}"  # argparse names it in its error
+    return values

@@ -1,0 +1,62 @@
+"""What a call reports while it runs: events, seconds by stage, and the moment to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from forgedit.errors import Cancelled
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """Progress of one call.
+
+    stage: 'caption', 'encode', 'tune', 'blend', 'forget', 'sample' or 'decode'; step: steps of it finished, of total
+    loss: of a tuning step, else None; seconds: since the call began
+    """
+
+    stage: str
+    step: int
+    total: int
+    loss: float | None
+    seconds: float
+
+
+OnStep = Callable[[StepEvent], None] | None
+
+
+class Progress:
+    """One call's clock. The caller's cancel event is looked at when a stage begins and after every step.
+
+    on_step: called after every step, in the thread that computes; it must not call the editor
+    """
+
+    def __init__(self, on_step: OnStep, cancel: threading.Event | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_step, self._cancel, self._start = on_step, cancel, time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int, float | None], None]]:
+        """Time a stage; gives the function to call with (step, total, loss). Raises: Cancelled."""
+        start, reported = time.perf_counter(), False
+
+        def report(step: int, total: int, loss: float | None = None) -> None:
+            nonlocal reported
+            reported = True
+            if self._on_step is not None:
+                self._on_step(StepEvent(name, step, total, loss, time.perf_counter() - self._start))
+            self._check(name)
+
+        self._check(name)
+        yield report
+        self.seconds[name] = time.perf_counter() - start
+        if not reported:
+            report(1, 1)
+
+    def _check(self, name: str) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled(f"cancelled in stage {name}")

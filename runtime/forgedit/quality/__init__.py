@@ -1,0 +1,1 @@
+"""What is said about edits: metrics, contact sheet, report."""

@@ -1,0 +1,102 @@
+"""The report of one run: every setting, seed, version, backend, seconds and bytes, as one JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from forgedit.quality.metrics import psnr
+from forgedit.session import Edit, Session
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
+
+def describe_edit(edit: Edit, session: Session, file: str) -> dict[str, Any]:
+    """One edit's part of the report.
+
+    file: where the picture lies, relative to the report
+    cut: the target's words beyond the model's tokens; '' if none
+    psnr_to_original: decibels against session.source; None for an equal picture (JSON has no infinity)
+    """
+    decibels = psnr(edit.image, session.source)
+    return {
+        "file": file,
+        "cut": edit.cut,
+        "psnr_to_original": decibels if math.isfinite(decibels) else None,
+        "settings": asdict(edit.config),
+        "seconds": edit.seconds,
+    }
+
+
+def make_report(
+    session: Session, target: str, edits: Sequence[dict[str, Any]], seconds: dict[str, float], **more: Any
+) -> dict[str, Any]:
+    """The whole report.
+
+    edits: as describe_edit gives them; seconds: what neither session nor edits timed, such as loading the model
+    more: further entries, such as the command or the chosen edit
+    """
+    return {
+        "forgedit": version("forgedit"),
+        **session.editor.info(),
+        "threads": torch.get_num_threads(),
+        **more,
+        "target": target,
+        "caption": session.caption,
+        "size": list(session.source.size),
+        "tune": {
+            "settings": asdict(session.config),
+            "losses": list(session.losses),
+            "stopped_early": session.stopped_early,
+            "seconds": session.seconds,
+        },
+        "edits": list(edits),
+        "seconds": seconds,
+        "peak_bytes": peak_bytes(torch.device(session.editor.info()["device"])),
+        "recommended": asdict(session.editor.defaults),
+    }
+
+
+def peak_bytes(device: torch.device) -> dict[str, int | None]:
+    """The most memory held so far, in bytes: the process's resident set (None if the system does not tell), and on a
+    CUDA device what torch allocated there."""
+    held: int | None = None
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    cuda = {"cuda": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    return {"process": held, **cuda}
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write the report, indented, atomically. Raises: OSError."""
+    write_atomic(path, lambda file: file.write(json.dumps(report, indent=2, allow_nan=False).encode()))
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Fill a temporary file beside `path`, then rename: `path` is what it was, or whole. Makes missing folders.
+
+    Raises: OSError, or what `write` raises; the temporary file is gone then
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

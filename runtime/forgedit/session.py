@@ -1,0 +1,265 @@
+"""One tuned photo: its embedding and its tuned weights; save and load."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from forgedit.config import EditConfig, SweepConfig, TuneConfig
+from forgedit.delta import check_delta, pack_weight, unpack_weight
+from forgedit.errors import SessionError
+from forgedit.progress import OnStep
+from forgedit.stages.photo import restore_size
+
+if TYPE_CHECKING:
+    from forgedit.editor import Editor
+
+FORMAT_VERSION = 2
+SCALES = ":scales"  # ends the name of the scales that belong to a weight's values
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edited picture.
+
+    image: RGB, the session's edited size; latents: [1, C, h, w] float32 on the CPU, scaled as the UNet sees them
+    seconds: seconds by stage ('blend', 'forget', 'sample', 'decode')
+    photo_size: width and height of the upright photo, pixels, None for image's own; opacity: L of that size, or None
+    cut: the words of the target beyond the model's tokens, which it did not see; '' if none
+    """
+
+    image: Image.Image
+    latents: Tensor
+    config: EditConfig
+    target: str
+    seconds: dict[str, float]
+    photo_size: tuple[int, int] | None = None
+    opacity: Image.Image | None = None
+    cut: str = ""
+
+    def at_photo_size(self) -> Image.Image:
+        """The picture at the photo's own size: RGB, or RGBA with the photo's opacity if it has one."""
+        return restore_size(self.image, self.photo_size or self.image.size, self.opacity)
+
+
+@dataclass(frozen=True)
+class SavedSession:
+    """What Session.save wrote.
+
+    num_bytes: of the whole file
+    relative_error: |restored - tuned| / |tuned - original|, Euclidean norms over all tuned values, in float64; 0 for
+        fp32, which is restored bit for bit
+    """
+
+    path: Path
+    delta: str
+    num_bytes: int
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One learned photo, made by Editor.tune or Editor.load_session; belongs to that editor.
+
+    source: the photo as edited, RGB at the model's size
+    embedding: e_src, [1, T, D] float32
+    tuned: tuned weights by name, prefixed 'unet.' or 'text_encoder.'; only tensors that were trained
+    losses: one per step, the step that stopped early included; seconds: seconds by stage
+    photo_size, opacity: of the upright photo, see Edit
+    prompts: embeddings [1, T, D] of the prompts already encoded, filled by the editor
+    """
+
+    editor: Editor = field(repr=False)
+    source: Image.Image
+    caption: str
+    config: TuneConfig
+    embedding: Tensor = field(repr=False)
+    tuned: dict[str, Tensor] = field(repr=False)
+    losses: tuple[float, ...] = field(repr=False)
+    stopped_early: bool
+    seconds: dict[str, float]
+    photo_size: tuple[int, int] | None = None
+    opacity: Image.Image | None = field(repr=False, default=None)
+    prompts: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    def edit(
+        self,
+        target: str,
+        config: EditConfig | None = None,
+        on_step: OnStep = None,
+        cancel: threading.Event | None = None,
+    ) -> Edit:
+        """Edit towards the target prompt; config None takes the editor's defaults.edit.
+
+        Raises: InputError, ValueError, Cancelled
+        """
+        return self.editor.edit(self, target, config, on_step, cancel)
+
+    def sweep(
+        self,
+        target: str,
+        config: SweepConfig | None = None,
+        on_step: OnStep = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Edit]:
+        """Yield each edit of the grid as it finishes; weights are merged once per strategy.
+
+        config: None takes the editor's defaults.sweep; one StepEvent stream per edit
+        Raises: as edit does, when its turn comes
+        """
+        config = config or self.editor.defaults.sweep
+        for edit_config in config.edits():
+            yield self.editor.edit(self, target, edit_config, on_step, cancel)
+
+    def save(self, path: str | Path, delta: str = "fp32") -> SavedSession:
+        """Write one safetensors file, atomically: the file at `path` is the old one or the whole new one.
+
+        delta: how the tuned weights are stored, one of DELTA_FORMATS: 'fp32' edits bit-equally when loaded; 'fp16',
+            'int8' and 'int4' are smaller and edit almost alike. The embedding stays float32.
+        Metadata: format version, fingerprint of the base model, SHA-256 over everything else, caption, config, losses
+        Raises: ValueError for an unknown delta, or for weights it cannot hold; OSError, with no partial file left
+        """
+        check_delta(delta)
+        path = Path(path)
+        tensors, relative_error = self._packed(delta)
+        tensors["embedding"] = self.embedding.cpu().contiguous()
+        tensors["source"] = torch.from_numpy(np.array(self.source))
+        if self.opacity is not None:
+            tensors["opacity"] = torch.from_numpy(np.array(self.opacity))
+        record = {
+            "caption": self.caption,
+            "config": dataclasses.asdict(self.config),
+            "losses": self.losses,
+            "stopped_early": self.stopped_early,
+            "seconds": self.seconds,
+            "photo_size": self.photo_size,
+            "delta": delta,
+        }
+        metadata = {
+            "format_version": str(FORMAT_VERSION),
+            "base_fingerprint": self.editor.fingerprint,
+            "record": json.dumps(record),
+        }
+        metadata["payload_sha256"] = _payload_digest(tensors, metadata)
+        return SavedSession(path, delta, _write(path, tensors, metadata), relative_error)
+
+    def _packed(self, delta: str) -> tuple[dict[str, Tensor], float]:
+        """Tensors to store, on the CPU, and the relative error of what will be restored from them."""
+        tensors: dict[str, Tensor] = {}
+        wrong = change = 0.0
+        for name, tuned in self.tuned.items():
+            original = self.editor.originals()[name]
+            values, scales = pack_weight(tuned, original, delta)
+            tensors[name] = values.cpu().contiguous()
+            if scales is not None:
+                tensors[name + SCALES] = scales.cpu()
+                restored = unpack_weight(values, scales, original, delta).double()
+                wrong += (restored - tuned.double()).square().sum().item()
+                change += (tuned.double() - original.double()).square().sum().item()
+        return tensors, math.sqrt(wrong / change) if change else 0.0
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    """Write all of a temporary file beside `path`, then rename it. Returns: bytes. Raises: OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+            num_bytes = os.fstat(file.fileno()).st_size
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"cannot write {str(path)!r}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too must outlive a power cut
+    finally:
+        os.close(folder)
+    return num_bytes
+
+
+def read_session(editor: Editor, path: Path) -> Session:
+    """Read and check a session file: readable, version, base, payload, and names and shapes the editor has.
+
+    Raises: SessionError saying which check failed; OSError if there is no such file
+    """
+    path.stat()
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise SessionError(f"{str(path)!r} is truncated or not a session: {error}") from error
+    missing = {"format_version", "base_fingerprint", "record", "payload_sha256"} - metadata.keys()
+    if missing:
+        raise SessionError(f"{str(path)!r} is not a session: its metadata lacks {', '.join(sorted(missing))}")
+    if metadata["format_version"] != str(FORMAT_VERSION):
+        raise SessionError(f"session format {metadata['format_version']!r} is not known; expected {FORMAT_VERSION}")
+    if metadata["base_fingerprint"] != editor.fingerprint:
+        raise SessionError(
+            f"the session was tuned on base model {metadata['base_fingerprint']}, this editor's is "
+            f"{editor.fingerprint}; load the model it was tuned on"
+        )
+    if _payload_digest(tensors, metadata) != metadata["payload_sha256"]:
+        raise SessionError(f"{str(path)!r} was altered: its payload does not have the SHA-256 it was saved with")
+    record: dict[str, Any] = json.loads(metadata["record"])
+    source, embedding = tensors.pop("source"), tensors.pop("embedding")
+    opacity = tensors.pop("opacity", None)
+    tuned = {}
+    for name in [name for name in tensors if not name.endswith(SCALES)]:
+        if name not in editor.originals():
+            raise SessionError(f"{str(path)!r} holds {name!r}, which the model lacks")
+        try:
+            parts = tensors[name], tensors.get(name + SCALES)
+            tuned[name] = unpack_weight(*parts, editor.originals()[name], record["delta"])
+        except ValueError as error:
+            raise SessionError(f"{str(path)!r} holds {name!r} in no way that can be read: {error}") from error
+    return Session(
+        editor=editor,
+        source=Image.fromarray(source.numpy()),
+        caption=record["caption"],
+        config=TuneConfig(**record["config"]),
+        embedding=embedding.to(editor.model.alphas_cumprod.device),
+        tuned=tuned,
+        losses=tuple(record["losses"]),
+        stopped_early=record["stopped_early"],
+        seconds=record["seconds"],
+        photo_size=tuple(size) if (size := record["photo_size"]) else None,
+        opacity=None if opacity is None else Image.fromarray(opacity.numpy()),
+    )
+
+
+def base_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes."""
+    return _digest(weights, "")
+
+
+def _payload_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256, in hex, of all tensors and all metadata but itself."""
+    return _digest(tensors, json.dumps([metadata[key] for key in ("format_version", "base_fingerprint", "record")]))
+
+
+def _digest(tensors: Mapping[str, Tensor], words: str) -> str:
+    digest = hashlib.sha256(words.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""Learning: source embedding and UNet optimised together on one photo (METHOD sections 2 and 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from forgedit.config import TuneConfig
+from forgedit.errors import TuneDiverged
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """embedding: e_src [1, T, D]; tuned_names: UNet parameters trained; losses: one per step; stopped_early: a bool."""
+
+    embedding: Tensor
+    tuned_names: tuple[str, ...]
+    losses: tuple[float, ...]
+    stopped_early: bool
+
+
+def trainable_names(names: Iterable[str], profile: str) -> tuple[str, ...]:
+    """The UNet parameters a profile trains, in the order given (METHOD items 5 and 17).
+
+    Raises: ValueError for an unknown profile, or if nothing is left to train
+    """
+    frozen = {
+        "official": ("down_blocks.0.", "up_blocks.0."),
+        "paper": ("down_blocks.3.", "up_blocks.0."),
+        "dreambooth": None,
+    }
+    if profile not in frozen:
+        raise ValueError(f"unknown profile {profile!r}; expected one of: {', '.join(frozen)}")
+    blocks = frozen[profile]
+    chosen = tuple(
+        name
+        for name in names
+        if blocks is None or (name.startswith(("down_blocks.", "up_blocks.")) and not name.startswith(blocks))
+    )
+    if not chosen:
+        raise ValueError(f"profile {profile!r} trains no parameter of this UNet")
+    return chosen
+
+
+def tune(
+    unet: Any,
+    text_encoder: Any,
+    token_ids: Tensor,
+    embedding: Tensor,
+    latents: Tensor,
+    alphas_cumprod: Tensor,
+    config: TuneConfig,
+    generator: torch.Generator,
+    on_step: Callable[[int, int, float | None], None],
+) -> Tuned:
+    """Train in place the weights the profile names; e_src is a copy. The caller restores weights and gradients.
+
+    unet, text_encoder: contiguous modules; only profile 'dreambooth' trains and reads the text encoder
+    token_ids, embedding: [1, T] and [1, T, D] of the source prompt; latents: [1, C, h, w], scaled
+    alphas_cumprod: [train steps]; all on one device
+    generator: on the CPU; each step draws noise, then timesteps
+    on_step: called with (step, total, loss) after each step
+    Raises: TuneDiverged if the loss is not finite, ValueError for a UNet that is not contiguous
+    """
+    dreambooth = config.profile == "dreambooth"
+    parameters = dict(unet.named_parameters())
+    strided = [name for name, weight in parameters.items() if not weight.is_contiguous()]
+    if strided:  # torch 2.13 crashes on the CPU in the backward pass of a channels-last UNet with frozen blocks
+        raise ValueError(f"{len(strided)} UNet weights, such as {strided[0]!r}, are not contiguous; make them so first")
+    names = trainable_names(parameters, config.profile)
+    chosen = [parameters[name] for name in names]
+    unet.requires_grad_(False)
+    text_encoder.requires_grad_(dreambooth)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    embedding = embedding.detach().clone()
+    groups: list[dict[str, Any]] = [dict(params=chosen, lr=config.unet_lr)]
+    if dreambooth:
+        groups.append(dict(params=list(text_encoder.parameters()), lr=config.text_encoder_lr))
+    else:
+        groups.append(dict(params=[embedding.requires_grad_(True)], lr=config.embedding_lr))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=config.eps)
+    batch = latents.expand(config.batch_size, -1, -1, -1).contiguous()
+    losses: list[float] = []
+    stopped_early = False
+    for step in range(config.num_steps):
+        noise = torch.randn(batch.shape, generator=generator).to(batch.device)
+        timesteps = torch.randint(0, len(alphas_cumprod), (config.batch_size,), generator=generator).to(batch.device)
+        signal = alphas_cumprod[timesteps][:, None, None, None]
+        noisy = signal**0.5 * batch + (1 - signal) ** 0.5 * noise
+        source = text_encoder(token_ids).last_hidden_state if dreambooth else embedding
+        noise_pred = unet(noisy, timesteps, source.expand(config.batch_size, -1, -1), return_dict=False)[0]
+        loss = mse_loss(noise_pred, noise, reduction="none").mean(dim=(1, 2, 3)).mean()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise TuneDiverged(f"the loss became {losses[-1]} at step {step} of {config.num_steps}; lower unet_lr")
+        stopped_early = losses[-1] < config.loss_threshold and step * config.batch_size > config.min_samples
+        if not stopped_early:
+            optimizer.zero_grad(set_to_none=True)
+            (loss * config.loss_scale).backward()
+            optimizer.step()
+        on_step(step + 1, config.num_steps, losses[-1])
+        if stopped_early:
+            break
+    if dreambooth:
+        with torch.no_grad():
+            embedding = text_encoder(token_ids).last_hidden_state
+    return Tuned(embedding.detach(), names, tuple(losses), stopped_early)
