@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from bench.world import text
+from bench.world.captioner import load_captioner
 from bench.world.diffusion import TextToLatents, build_unet
 from bench.world.vae import build_vae
 
@@ -19,7 +20,7 @@ BUNDLED = Path(__file__).parents[2] / "runtime" / "forgedit" / "model" / "bundle
 
 
 def restore(out: Path, folder: Path) -> None:
-    """The way back: make vae_final.pt and diffusion_init.pt in the training folder from a model folder.
+    """The way back: make vae_final.pt, diffusion_init.pt and captioner_init.pt in the training folder from a model folder.
 
     Training then goes on from published weights: `train latents`, `train diffusion --init …/diffusion_init.pt`.
     """
@@ -29,6 +30,7 @@ def restore(out: Path, folder: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(out / "unet", torch_dtype=torch.float32)
     joint = TextToLatents(unet, CLIPTextModel.from_pretrained(out / "text_encoder", dtype=torch.float32))
     torch.save({"ema": joint.state_dict()}, folder / "diffusion_init.pt")
+    torch.save({"ema": load_captioner(out / "captioner")[0].state_dict()}, folder / "captioner_init.pt")
 
 
 def _averaged(path: Path) -> dict[str, torch.Tensor]:

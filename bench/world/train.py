@@ -7,7 +7,7 @@ diffusion  UNet and text encoder together
 judge      the classifier that counts successes (after latents: it also sees round trips)
 captioner  the small BLIP
 export     write everything as a model folder (float16)
-restore    the way back: a model folder's weights as a start for latents and diffusion (--init)
+restore    the way back: a model folder's weights as a start for latents, diffusion, captioner (--init)
 
 Each training part writes a log (JSON lines) and a checkpoint under --folder and goes on from it when called again.
 """

@@ -35,7 +35,9 @@ class Console:
     def event(self, name: str, **fields: Any) -> None:
         """One JSON line; nothing in text mode."""
         if self._json:
-            print(json.dumps({"event": name, **fields}, allow_nan=False), flush=True)
+            # one write: print() makes two, and an interrupt between them would join this line to the next
+            sys.stdout.write(json.dumps({"event": name, **fields}, allow_nan=False) + "\n")
+            sys.stdout.flush()
 
     def text(self, *lines: str) -> None:
         """Lines of text; nothing in JSON mode."""

@@ -254,5 +254,12 @@ def test_the_bar_is_for_terminals(capsys, monkeypatch):
     assert "edit 3/12" in capsys.readouterr().err
 
 
+def test_an_event_is_one_write(monkeypatch):
+    written = []
+    monkeypatch.setattr("sys.stdout.write", written.append)
+    Console(json_lines=True).event("step", loss=None)
+    assert written == ['{"event": "step", "loss": null}\n']  # whole, wherever an interrupt comes
+
+
 def test_table():
     assert table(("a", "bb"), [("ccc", "d")]) == ["a    bb", "ccc  d"]
