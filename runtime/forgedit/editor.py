@@ -58,14 +58,26 @@ class Editor:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = "bundled", device: str = "cpu", backend: str = "auto") -> Editor:
-        """Load a model.
+    def from_pretrained(
+        cls,
+        name: str | Path = "bundled",
+        device: str = "cpu",
+        backend: str = "auto",
+        captioner: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        prediction_type: str | None = None,
+    ) -> Editor:
+        """Load a Stable Diffusion 1.x or 2.x, safetensors only, in float32.
 
-        name: 'bundled' or a folder in diffusers' layout (safetensors only); device: a torch device string
-        backend: 'auto', 'reference' or 'native'
-        Raises: ModelError for the folder, ValueError for the backend
+        name: 'bundled'; a folder in diffusers' layout; a hub id 'owner/name', from the local cache if it is there; or a
+            *.safetensors file in Stable Diffusion's original names, which needs a tokenizer
+        device: a torch device string; backend: 'auto', 'reference' or 'native'
+        captioner: folder or hub id of a BLIP (BlipForConditionalGeneration); None takes the model folder's captioner/
+        tokenizer: folder or hub id of CLIP's tokenizer; None takes the model's own, see load_model
+        prediction_type: 'epsilon' or 'v_prediction'; None takes what the model says
+        Raises: ModelError for any of them, saying what would help; ValueError for the backend
         """
-        return cls(load_model(name, device), backend)
+        return cls(load_model(name, device, captioner, tokenizer, prediction_type), backend)
 
     def caption(self, photo: Photo, target: str = "") -> str:
         """The captioner's words for a photo; prefixed 'A photo of ' if the target contains that (METHOD item 2).
@@ -118,6 +130,7 @@ class Editor:
                     embedding=embedding,
                     latents=encoded.latents,
                     alphas_cumprod=model.alphas_cumprod,
+                    prediction_type=model.prediction_type,
                     config=config,
                     generator=generator,
                     on_step=report,
@@ -172,6 +185,7 @@ class Editor:
                     embedding=blended,
                     unconditional=unconditional,
                     alphas_cumprod=model.alphas_cumprod,
+                    prediction_type=model.prediction_type,
                     shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
                     num_steps=config.num_steps,
                     guidance_scale=config.guidance_scale,

@@ -76,6 +76,7 @@ class Rules:
     strategy_inverted: bool = False
     keep_inverted: bool = False
     # 5 sample
+    prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
     set_alpha_to_one: bool = False
@@ -145,6 +146,7 @@ def scheduler(rules: Rules) -> DDIMScheduler:
         set_alpha_to_one=rules.set_alpha_to_one,
         steps_offset=rules.steps_offset,
         timestep_spacing=rules.timestep_spacing,
+        prediction_type=rules.prediction_type,
     )
 
 

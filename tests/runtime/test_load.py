@@ -38,7 +38,7 @@ def test_pickled_weights_are_refused(copy):
     (weights,) = (copy / "unet").glob("*.safetensors")
     torch.save(load_file(weights), copy / "unet" / "diffusion_pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(ModelError, match=r"pickled.*refused; convert"):
+    with pytest.raises(ModelError, match=r"pickled.*refused; convert them once"):
         Editor.from_pretrained(copy)
 
 
@@ -53,10 +53,20 @@ def test_missing_weights_are_not_made_up(copy, part):
         Editor.from_pretrained(copy)
 
 
-def test_other_prediction_type(copy):
-    edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    with pytest.raises(ModelError, match="'v_prediction' is not supported"):
+@pytest.mark.parametrize("prediction_type", ["sample", "v-prediction"])
+def test_other_prediction_type(copy, prediction_type):
+    edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type=prediction_type)
+    with pytest.raises(ModelError, match=f"'{prediction_type}' is not supported; expected one of: epsilon, v_pred"):
         Editor.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("declared", ["epsilon", "v_prediction"])
+def test_prediction_type(copy, declared):
+    edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type=declared)
+    assert Editor.from_pretrained(copy).model.prediction_type == declared
+    assert Editor.from_pretrained(copy, prediction_type="v_prediction").model.prediction_type == "v_prediction"
+    with pytest.raises(ModelError, match="'velocity' is not supported"):
+        Editor.from_pretrained(copy, prediction_type="velocity")
 
 
 def test_schedulers_of_published_folders_do_not_change_the_method(copy, editor):

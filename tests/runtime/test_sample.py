@@ -37,9 +37,10 @@ def predict(latents, timestep, embeddings, return_dict):
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("broken", [{}, {"set_alpha_to_one": True}, {"steps_offset": 1}, {"clip_sample": True}])
-def test_against_diffusers(num_steps, broken):
-    ddim = scheduler(**broken)
+def test_against_diffusers(num_steps, prediction_type, broken):
+    ddim = scheduler(prediction_type=prediction_type, **broken)
     ddim.set_timesteps(num_steps)
     u, c = torch.zeros(1, 77, 8), torch.ones(1, 77, 8)
     latents = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(0))
@@ -48,7 +49,8 @@ def test_against_diffusers(num_steps, broken):
         latents = ddim.step(pred_u + 2.0 * (pred_c - pred_u), t, latents).prev_sample
     steps = []
     ours = sample_ddim(
-        predict, c, u, ddim.alphas_cumprod, (4, 5, 7), num_steps, 2.0, torch.Generator().manual_seed(0),
+        predict, c, u, ddim.alphas_cumprod, prediction_type, (4, 5, 7), num_steps, 2.0,
+        torch.Generator().manual_seed(0),
         lambda step, total, loss: steps.append((step, total)),
     ).latents  # fmt: skip
     assert torch.equal(ours, latents) == (not broken)

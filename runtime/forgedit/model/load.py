@@ -1,33 +1,49 @@
-"""Load a model: the bundled one, or a folder in diffusers' layout. Local files and safetensors only, float32."""
+"""Load a model: the bundled one, a folder in diffusers' layout, a hub id, or a single checkpoint file; float32."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel
 
 from forgedit.config import Defaults
 from forgedit.errors import ModelError
+from forgedit.model.folder import (
+    checked_prediction_type,
+    noise_schedule,
+    part,
+    read_captioner,
+    read_json,
+    read_recommended,
+    read_tokenizer,
+    read_weights,
+)
+from forgedit.model.hub import fetch, is_hub_id
+from forgedit.model.pickled import refuse_pickled_file
+from forgedit.model.single_file import CLIP_TOKENIZER, SCHEDULE, read_checkpoint
 
 BUNDLED = Path(__file__).parent / "bundled"
+WEIGHTED = ("unet", "vae", "text_encoder")
+PARTS = (*WEIGHTED, "tokenizer", "scheduler")
+MODEL_FILES = ("model_index.json", "forgedit.json", "captioner/*", *(f"{name}/*" for name in PARTS))
+TOKENIZER_FILES = ("*vocab.json", "*merges.txt", "*tokenizer*.json", "*special_tokens_map.json")
+CAPTIONER_FILES = ("*.json", "*.txt", "*.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """The parts of one text-to-image model, frozen, in eval mode, contiguous, on one device.
 
-    captioner, processor: None where the folder has no captioner/
+    captioner, processor: None where there is no captioner
     alphas_cumprod: [train steps] float32; resolution: pixels, the side of the model's own square picture
     vae_scale: pixels a latent; defaults: settings the folder recommends
+    prediction_type: what the UNet answers, 'epsilon' (the noise) or 'v_prediction' (the velocity)
     """
 
     name: str
@@ -38,96 +54,173 @@ class Model:
     captioner: Any
     processor: Any
     alphas_cumprod: Tensor
+    prediction_type: str
     resolution: int
     vae_scale: int
     defaults: Defaults
 
 
-def load_model(name: str | Path, device: str = "cpu") -> Model:
+def load_model(
+    name: str | Path,
+    device: str = "cpu",
+    captioner: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+) -> Model:
     """Load every part.
 
-    name: 'bundled', or a folder with unet/ vae/ text_encoder/ tokenizer/ scheduler/, and optionally captioner/ (BLIP)
-        and forgedit.json: {"resolution": pixels, "tune": {…}, "edit": {…}, "sweep": {…}}
-    Raises: ModelError if a part is missing, pickled, incomplete or not supported
+    name: 'bundled'; or a folder with unet/ vae/ text_encoder/ tokenizer/ scheduler/, and optionally captioner/ (BLIP)
+        and forgedit.json: {"resolution": pixels, "tune": {…}, "edit": {…}, "sweep": {…}}; or a hub id 'owner/name' of
+        the same layout; or a file *.safetensors with Stable Diffusion 1.x or 2.x in its original names
+    captioner: a folder or hub id with BLIP; None takes the model folder's captioner/, if it has one
+    tokenizer: a folder or hub id with CLIP's tokenizer, or with it in tokenizer/; None takes the model folder's, for a
+        single file the hub's openai/clip-vit-large-patch14
+    prediction_type: 'epsilon' or 'v_prediction'; None takes what the model says
+    Raises: ModelError if a part is missing, pickled, incomplete or not supported, or the hub is needed and out of reach
     """
-    folder = BUNDLED if name == "bundled" else Path(name)
-    if not folder.is_dir():
-        raise ModelError(f"no model folder {str(folder)!r}; expected 'bundled' or a folder in diffusers' layout")
-    unet = _weights(UNet2DConditionModel, folder / "unet", device, torch_dtype=torch.float32)
-    vae = _weights(AutoencoderKL, folder / "vae", device, torch_dtype=torch.float32)
-    text_encoder = _weights(CLIPTextModel, folder / "text_encoder", device, dtype=torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(_part(folder / "tokenizer"), local_files_only=True)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-    captioner = processor = None
-    if (folder / "captioner").is_dir():
-        captioner = _weights(BlipForConditionalGeneration, folder / "captioner", device, dtype=torch.float32)
-        processor = BlipProcessor.from_pretrained(folder / "captioner", local_files_only=True)
-    vae_scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    resolution, defaults = _recommended(folder / "forgedit.json", unet.config.sample_size * vae_scale)
+    place = BUNDLED if name == "bundled" else find_model(name)
+    read = _read_folder if place.is_dir() else _read_file
+    model = read(str(name), place, tokenizer, prediction_type)
+    captions = find_captioner(captioner) if captioner else place / "captioner"
+    if captions.is_dir():
+        module, processor = read_captioner(captions)
+        model = replace(model, captioner=module, processor=processor)
+    check_parts(model)
+    model.tokenizer.model_max_length = min(
+        model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings
+    )
+    return replace(
+        model,
+        unet=_frozen(model.unet, device),
+        vae=_frozen(model.vae, device),
+        text_encoder=_frozen(model.text_encoder, device),
+        captioner=None if model.captioner is None else _frozen(model.captioner, device),
+        alphas_cumprod=model.alphas_cumprod.to(device),
+    )
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder or file of a model by its path or hub id. Raises: ModelError."""
+    if Path(name).is_file():
+        return Path(name)
+    return _find(name, "model", "model_index.json", MODEL_FILES, _is_model)
+
+
+def find_tokenizer(name: str | Path) -> Path:
+    """The folder with CLIP's tokenizer, by path or hub id; it may lie in tokenizer/. Raises: ModelError."""
+    folder = _find(name, "tokenizer", "vocab.json", TOKENIZER_FILES, lambda folder: True)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
+def find_captioner(name: str | Path) -> Path:
+    """The folder with BLIP, by its path or hub id. Raises: ModelError."""
+    return _find(name, "captioner", "config.json", CAPTIONER_FILES, _has_weights)
+
+
+def _find(name: str | Path, what: str, marker: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    refuse_pickled_file(path)
+    if path.exists():
+        raise ModelError(f"the {what} {str(name)!r} is a file; expected a folder, or a hub id owner/name")
+    if is_hub_id(name):
+        return fetch(str(name), marker, wanted, is_whole)
+    also = "'bundled', " if what == "model" else ""
+    raise ModelError(f"no {what} folder {str(name)!r}; expected {also}a folder, or a hub id owner/name")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def _is_model(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in PARTS) and all(_has_weights(folder / name) for name in WEIGHTED)
+
+
+def _read_folder(name: str, folder: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
+    unet = read_weights(UNet2DConditionModel, part(folder, "unet"), torch_dtype=torch.float32)
+    vae = read_weights(AutoencoderKL, part(folder, "vae"), torch_dtype=torch.float32)
+    text_encoder = read_weights(CLIPTextModel, part(folder, "text_encoder"), dtype=torch.float32)
+    words = read_tokenizer(find_tokenizer(tokenizer) if tokenizer else part(folder, "tokenizer"))
+    alphas_cumprod, declared = noise_schedule(read_json(part(folder, "scheduler") / "scheduler_config.json"))
+    scale = vae_scale(vae)
+    resolution, defaults = read_recommended(folder / "forgedit.json", unet.config.sample_size * scale)
     return Model(
-        name=str(name),
+        name=name,
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        captioner=captioner,
-        processor=processor,
-        alphas_cumprod=_alphas_cumprod(folder / "scheduler").to(device),
+        tokenizer=words,
+        captioner=None,
+        processor=None,
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=checked_prediction_type(prediction_type or declared),
         resolution=resolution,
-        vae_scale=vae_scale,
+        vae_scale=scale,
         defaults=defaults,
     )
 
 
-def _part(folder: Path) -> Path:
-    if not folder.is_dir():
+def _read_file(name: str, path: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
+    checkpoint = read_checkpoint(path, prediction_type)
+    words = read_tokenizer(find_tokenizer(tokenizer) if tokenizer else _clip_tokenizer(path))
+    words.pad_token = words.eos_token if checkpoint.pads_with_end else words.convert_ids_to_tokens(0)
+    alphas_cumprod, _ = noise_schedule(SCHEDULE)
+    return Model(
+        name=name,
+        unet=checkpoint.unet,
+        vae=checkpoint.vae,
+        text_encoder=checkpoint.text_encoder,
+        tokenizer=words,
+        captioner=None,
+        processor=None,
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=checkpoint.prediction_type,
+        resolution=checkpoint.resolution,
+        vae_scale=vae_scale(checkpoint.vae),
+        defaults=Defaults.merged({}),
+    )
+
+
+def _clip_tokenizer(path: Path) -> Path:
+    try:
+        return find_tokenizer(CLIP_TOKENIZER)
+    except ModelError as error:
         raise ModelError(
-            f"the model folder has no {folder.name}/; expected diffusers' layout at {str(folder.parent)!r}"
+            f"{path.name} is one file, without a tokenizer; give tokenizer: a folder with CLIP's vocab.json and "
+            f"merges.txt, as every Stable Diffusion folder has in tokenizer/. Tried {CLIP_TOKENIZER}: {error}"
+        ) from error
+
+
+def vae_scale(vae: Any) -> int:
+    """Pixels a latent."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def check_parts(model: Model) -> None:
+    """That the parts fit each other, and are a text-to-image model of Stable Diffusion's kind. Raises: ModelError."""
+    unet, latents, width = model.unet.config, model.vae.config.latent_channels, model.text_encoder.config.hidden_size
+    if not unet.in_channels == unet.out_channels == latents:
+        raise ModelError(
+            f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE's latents have "
+            f"{latents}; expected all equal: inpainting, depth and upscaling models are not supported"
         )
-    return folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bars from transformers: a library prints nothing. Its setting is put back."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _weights(kind: Any, folder: Path, device: str, **dtype: torch.dtype) -> Any:
-    """One module: frozen, eval, and contiguous, as torch's CPU backward crashes on channels-last with frozen blocks."""
-    if not any(_part(folder).glob("*.safetensors")):
-        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt")]
-        found = f"only pickled weights ({', '.join(pickled)}), which are refused" if pickled else "no weights"
-        raise ModelError(f"{folder.name}/ holds {found}; convert with save_pretrained(…, safe_serialization=True)")
-    with _quiet():
-        module, report = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **dtype
+    if unet.cross_attention_dim != width:
+        raise ModelError(
+            f"the UNet attends to embeddings of width {unet.cross_attention_dim}, the text encoder gives {width}; "
+            "expected one width: the parts belong to different models, or to one with several text encoders"
         )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"{folder.name}/ lacks {len(missing)} weights of its configuration, such as {missing[0]!r}")
+    conditions = {name: unet[name] for name in ("class_embed_type", "addition_embed_type", "num_class_embeds")}
+    if any(value is not None for value in conditions.values()):
+        raise ModelError(f"the UNet wants more than a prompt: {conditions}; expected Stable Diffusion 1.x or 2.x")
+    tokens, known = len(model.tokenizer), model.text_encoder.config.vocab_size
+    if tokens > known:
+        raise ModelError(
+            f"the tokenizer has {tokens} tokens, the text encoder knows {known}; expected no more than those"
+        )
+
+
+def _frozen(module: Any, device: str) -> Any:
+    """Frozen, in eval mode, and contiguous: torch's CPU backward crashes on channels-last with frozen blocks."""
     return module.requires_grad_(False).eval().to(device=device, memory_format=torch.contiguous_format)
-
-
-def _alphas_cumprod(folder: Path) -> Tensor:
-    """From the scheduler's own configuration; loaded directly, as StableDiffusionPipeline rewrites steps_offset."""
-    scheduler = DDIMScheduler.from_pretrained(_part(folder), local_files_only=True)
-    if scheduler.config.prediction_type != "epsilon":
-        raise ModelError(f"prediction_type {scheduler.config.prediction_type!r} is not supported; expected 'epsilon'")
-    alphas_cumprod: Tensor = scheduler.alphas_cumprod
-    return alphas_cumprod
-
-
-def _recommended(path: Path, resolution: int) -> tuple[int, Defaults]:
-    """The folder's own resolution in pixels and settings; `resolution` and METHOD's where it says nothing."""
-    try:
-        recommended: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return int(recommended.pop("resolution", resolution)), Defaults.merged(recommended)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path.name} holds settings that are not known: {error}") from error

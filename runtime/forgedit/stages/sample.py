@@ -27,14 +27,38 @@ def ddim_timesteps(num_steps: int, num_train_steps: int = 1000) -> list[int]:
     return [step * stride for step in reversed(range(num_steps))]
 
 
-def ddim_step(latents: Tensor, noise_pred: Tensor, alpha_cumprod: Tensor, alpha_cumprod_prev: Tensor) -> Tensor:
+def clean_and_noise(
+    latents: Tensor, prediction: Tensor, alpha_cumprod: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise that the UNet's answer implies.
+
+    latents, prediction: one shape; alpha_cumprod: scalar at this timestep
+    Raises: ValueError for an unknown prediction_type
+    Source: Salimans & Ho 2022, arXiv 2202.00512, appendix D
+    """
+    signal, spread = alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+    if prediction_type == "epsilon":
+        return (latents - spread * prediction) / signal, prediction
+    if prediction_type == "v_prediction":
+        return signal * latents - spread * prediction, signal * prediction + spread * latents
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; expected one of: epsilon, v_prediction")
+
+
+def ddim_step(
+    latents: Tensor,
+    prediction: Tensor,
+    alpha_cumprod: Tensor,
+    alpha_cumprod_prev: Tensor,
+    prediction_type: str,
+) -> Tensor:
     """One deterministic step (eta 0, no clipping).
 
-    latents, noise_pred: one shape; alpha_cumprod, alpha_cumprod_prev: scalars at this and at the next, earlier timestep
+    latents, prediction: one shape; alpha_cumprod, alpha_cumprod_prev: scalars at this and at the next, earlier timestep
+    prediction_type: 'epsilon' or 'v_prediction'
     Source: Song et al. 2020, arXiv 2010.02502, eq. 12
     """
-    clean = (latents - (1 - alpha_cumprod) ** 0.5 * noise_pred) / alpha_cumprod**0.5
-    return alpha_cumprod_prev**0.5 * clean + (1 - alpha_cumprod_prev) ** 0.5 * noise_pred
+    clean, noise = clean_and_noise(latents, prediction, alpha_cumprod, prediction_type)
+    return alpha_cumprod_prev**0.5 * clean + (1 - alpha_cumprod_prev) ** 0.5 * noise
 
 
 @torch.no_grad()
@@ -43,6 +67,7 @@ def sample_ddim(
     embedding: Tensor,
     unconditional: Tensor,
     alphas_cumprod: Tensor,
+    prediction_type: str,
     shape: tuple[int, int, int],
     num_steps: int,
     guidance_scale: float,
@@ -53,6 +78,7 @@ def sample_ddim(
 
     unet: called as unet(latents, timestep, embeddings, return_dict=False) on the batch [unconditional, conditional]
     embedding, unconditional: [1, T, D]; alphas_cumprod: [train steps]; all on the device to run on
+    prediction_type: 'epsilon' or 'v_prediction', what the UNet answers
     shape: (C, h, w) of the latents
     on_step: called with (step, total, None) after each step
     The step after the last timestep uses alphas_cumprod[0] (set_alpha_to_one=False).
@@ -65,8 +91,8 @@ def sample_ddim(
         unconditional_pred, conditional_pred = unet(
             torch.cat([latents, latents]), timestep, embeddings, return_dict=False
         )[0].chunk(2)
-        noise_pred = unconditional_pred + guidance_scale * (conditional_pred - unconditional_pred)
+        prediction = unconditional_pred + guidance_scale * (conditional_pred - unconditional_pred)
         earlier = max(timestep - stride, 0)
-        latents = ddim_step(latents, noise_pred, alphas_cumprod[timestep], alphas_cumprod[earlier])
+        latents = ddim_step(latents, prediction, alphas_cumprod[timestep], alphas_cumprod[earlier], prediction_type)
         on_step(step, num_steps, None)
     return Sampled(latents)

@@ -48,6 +48,20 @@ def trainable_names(names: Iterable[str], profile: str) -> tuple[str, ...]:
     return chosen
 
 
+def training_target(noise: Tensor, latents: Tensor, signal: Tensor, prediction_type: str) -> Tensor:
+    """What the UNet should answer: the noise (epsilon), or the velocity sqrt(signal) noise - sqrt(1 - signal) latents.
+
+    noise, latents: one shape; signal: alphas_cumprod at the timesteps, broadcastable to them
+    Raises: ValueError for an unknown prediction_type
+    Source: Salimans & Ho 2022, arXiv 2202.00512, section 4
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return signal**0.5 * noise - (1 - signal) ** 0.5 * latents
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; expected one of: epsilon, v_prediction")
+
+
 def tune(
     unet: Any,
     text_encoder: Any,
@@ -55,6 +69,7 @@ def tune(
     embedding: Tensor,
     latents: Tensor,
     alphas_cumprod: Tensor,
+    prediction_type: str,
     config: TuneConfig,
     generator: torch.Generator,
     on_step: Callable[[int, int, float | None], None],
@@ -64,9 +79,10 @@ def tune(
     unet, text_encoder: contiguous modules; only profile 'dreambooth' trains and reads the text encoder
     token_ids, embedding: [1, T] and [1, T, D] of the source prompt; latents: [1, C, h, w], scaled
     alphas_cumprod: [train steps]; all on one device
+    prediction_type: 'epsilon' or 'v_prediction', see training_target; config.loss_threshold is in the loss's own units
     generator: on the CPU; each step draws noise, then timesteps
     on_step: called with (step, total, loss) after each step
-    Raises: TuneDiverged if the loss is not finite, ValueError for a UNet that is not contiguous
+    Raises: TuneDiverged if the loss is not finite; ValueError for a UNet that is not contiguous, or the prediction_type
     """
     dreambooth = config.profile == "dreambooth"
     parameters = dict(unet.named_parameters())
@@ -95,8 +111,9 @@ def tune(
         signal = alphas_cumprod[timesteps][:, None, None, None]
         noisy = signal**0.5 * batch + (1 - signal) ** 0.5 * noise
         source = text_encoder(token_ids).last_hidden_state if dreambooth else embedding
-        noise_pred = unet(noisy, timesteps, source.expand(config.batch_size, -1, -1), return_dict=False)[0]
-        loss = mse_loss(noise_pred, noise, reduction="none").mean(dim=(1, 2, 3)).mean()
+        target = training_target(noise, batch, signal, prediction_type)
+        prediction = unet(noisy, timesteps, source.expand(config.batch_size, -1, -1), return_dict=False)[0]
+        loss = mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)).mean()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise TuneDiverged(f"the loss became {losses[-1]} at step {step} of {config.num_steps}; lower unet_lr")
