@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,12 +18,13 @@ from typing import NoReturn
 import torch
 
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
-from forgedit.console import Console
+from forgedit.console import Console, showing_log
 from forgedit.delta import DELTA_FORMATS
 from forgedit.editor import Editor
 from forgedit.errors import ForgeditError, InputError, SessionError
 from forgedit.flags import add_flags
-from forgedit.run import check_job, run_job
+from forgedit.job import check_job
+from forgedit.run import run_job
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         console = Console(args.json)
-        return _run(args, console)
+        with showing_log(console):
+            return _run(args, console)
     except (InputError, SessionError) as error:
         console.error(str(error))
         return 2
@@ -91,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    logging.basicConfig(format="forgedit: %(message)s")
     _set_machine(args)
     job = None if args.command == "info" else check_job(args)
     begin = time.perf_counter()

@@ -1,12 +1,14 @@
-"""What the command line prints: JSON lines or text to stdout, a progress bar to a terminal's stderr."""
+"""What the command line prints: JSON lines or text to stdout; warnings, and on a terminal a progress bar, to stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -50,6 +52,11 @@ class Console:
         self.clear()
         print(f"forgedit: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
+    def warning(self, message: str) -> None:
+        """One line on stderr, and in JSON mode an event too."""
+        self.event("warning", message=message)
+        self.error(message)
+
     def step(self, event: StepEvent) -> None:
         """Show one step: stage, step, loss, and the seconds left of the tune or of the whole sweep."""
         self.event("step", **asdict(event))
@@ -75,6 +82,26 @@ class Console:
         """Take the bar off the terminal."""
         if self._bar:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def showing_log(console: Console) -> Iterator[None]:
+    """Meanwhile what the library warns of is shown on the console: cut prompts, profiles that cannot be used."""
+    handler, log = _LogHandler(console), logging.getLogger("forgedit")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _LogHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warning(record.getMessage())
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -13,22 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
 from forgedit.errors import ModelError
-from forgedit.model import Model, load_model
+from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
-from forgedit.session import Edit, Session, base_fingerprint, read_session
+from forgedit.session import Edit, Session, read_session
+from forgedit.session_file import base_fingerprint
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.caption import caption_photo
 from forgedit.stages.decode import decode_latents
-from forgedit.stages.encode import check_prompt, check_target, encode_image, encode_prompt, resize_photo, tokenize
+from forgedit.stages.encode import (
+    Prompt,
+    check_prompt,
+    check_target,
+    encode_image,
+    encode_prompt,
+    resize_photo,
+    tokenize,
+)
 from forgedit.stages.forget import forget_weights
 from forgedit.stages.photo import Photo, composite_photo, open_photo
 from forgedit.stages.sample import sample_ddim
-from forgedit.stages.tune import tune
+from forgedit.stages.tune import trainable_names, tune
+from forgedit.weights import Weights
 from forgedit_kernels import available_backends
+
+WAIT = 0.05  # seconds between two looks at the cancel event while another thread has its turn
 
 log = logging.getLogger("forgedit")
 
@@ -36,8 +49,12 @@ log = logging.getLogger("forgedit")
 class Editor:
     """One model, ready to learn photos. Its sessions share one working UNet and are served one at a time.
 
-    model: the parts, owned by this editor; between calls the working weights are the originals or one session's
+    Safe from several threads: a call waits for its turn. No state is shared between editors, or left in torch's.
+
+    model: the parts, this editor's own modules; between calls the working weights are the originals or one session's
     backend: of forgedit_kernels, for the merge
+    defaults: the settings the model recommends, taken where a call names none
+    Raises: ValueError for a backend that cannot run here
     """
 
     def __init__(self, model: Model, backend: str = "auto") -> None:
@@ -47,15 +64,12 @@ class Editor:
         self.model = model
         self.defaults = model.defaults
         self.backend = available[0] if backend == "auto" else backend
-        self._working = {f"unet.{name}": weight for name, weight in model.unet.named_parameters()}
-        self._working |= {f"text_encoder.{name}": weight for name, weight in model.text_encoder.named_parameters()}
-        self._original = {name: weight.detach().clone() for name, weight in self._working.items()}
-        self._changed: set[str] = set()  # names whose working weight may differ from the original
-        self._loaded: tuple[weakref.ref[Session], str, float] | None = (
-            None  # session, strategy and keep now in the working UNet
-        )
+        self._weights = Weights(model.unet, model.text_encoder)
+        # session, strategy and keep now in the working UNet
+        self._loaded: tuple[weakref.ref[Session], str, float] | None = None
         self._fingerprint: str | None = None
         self._lock = threading.Lock()
+        self._serving: int | None = None  # the thread whose turn it is
 
     @classmethod
     def from_pretrained(
@@ -79,16 +93,31 @@ class Editor:
         """
         return cls(load_model(name, device, captioner, tokenizer, prediction_type), backend)
 
+    @classmethod
+    def from_pipe(cls, pipe: Any, captioner: Any = None, processor: Any = None, backend: str = "auto") -> Editor:
+        """An editor over a loaded diffusers StableDiffusionPipeline, on its device, weights shared.
+
+        The pipe stays as it is, and can be used meanwhile: the editor has its own modules, and of the weights only what
+        a tune or an edit is changing exists twice. Do not write the pipe's weights in place while the editor lives.
+        What is not float32 and contiguous, such as a half-precision pipe, is copied, as the method computes in float32.
+
+        captioner, processor: a loaded BlipForConditionalGeneration and its BlipProcessor, shared likewise; without
+            them each tune needs TuneConfig.caption
+        backend: 'auto', 'reference' or 'native'
+        Raises: ModelError for another kind of pipe, or one offloaded, quantised, compiled or with a LoRA; ValueError
+            for the backend, or a captioner without a processor
+        """
+        return cls(model_from_pipe(pipe, captioner, processor), backend)
+
     def caption(self, photo: Photo, target: str = "") -> str:
         """The captioner's words for a photo; prefixed 'A photo of ' if the target contains that (METHOD item 2).
 
+        photo: as tune takes it
         Raises: InputError for the photo, ModelError if the model has no captioner
         """
         image = composite_photo(open_photo(photo))
-        if self.model.captioner is None:
-            raise ModelError("this model has no captioner/; give the photo's caption yourself (TuneConfig.caption)")
-        with self._lock:
-            return caption_photo(image, self.model.captioner, self.model.processor, target)
+        with self._turn(Progress(None, None)):
+            return self._caption(image, target)
 
     def tune(
         self,
@@ -101,9 +130,14 @@ class Editor:
         """Learn one photo (METHOD sections 1, 2, 6).
 
         photo: a path to a JPEG, PNG or WebP, or a PIL image, read as open_photo says; config: None takes defaults.tune
-        on_step, cancel: see Progress
+        on_step: called with a StepEvent after each stage and each tuning step, in this thread; what it raises ends the
+            tune; it may not call the editor
+        cancel: once set, from any thread, the tune ends within one step; also while it waits for its turn
         target: the coming target if known; only decides the caption's prefix
-        Raises: InputError, ModelError, TuneDiverged, Cancelled; a tune that fails leaves the original weights
+        Raises: InputError for the photo or the caption; ModelError without captioner and caption; TuneDiverged;
+            Cancelled; ValueError for a profile that trains nothing of this UNet; RuntimeError from inside on_step.
+            A tune that fails leaves the original weights.
+        Source: Forgedit, arXiv 2309.10556, section 3.2
         """
         config = config or self.defaults.tune
         progress = Progress(on_step, cancel)
@@ -111,18 +145,19 @@ class Editor:
             check_prompt(config.caption, "caption")
         opened = open_photo(photo)
         image = composite_photo(opened)
-        with progress.stage("caption"):
-            caption = config.caption if config.caption is not None else self.caption(image, target)
         model, generator = self.model, torch.Generator().manual_seed(config.seed)
-        with self._lock, self._originals_on_error():
-            self._restore()
+        with self._turn(progress):
+            with progress.stage("caption"):
+                caption = config.caption if config.caption is not None else self._caption(image, target)
             with progress.stage("encode"):
                 resized = resize_photo(image, config, model.resolution, model.vae_scale)
                 encoded = encode_image(resized, model.vae, generator)
-                ids = self._tokens(caption)
+                ids, _ = self._tokens(caption)
+                self._restore()
                 embedding = encode_prompt(ids, model.text_encoder)
             with progress.stage("tune") as report:
-                self._loaded, self._changed = None, set(self._working)
+                names = self._trained(config.profile)
+                self._weights.make_writable(names)
                 learned = tune(
                     unet=model.unet,
                     text_encoder=model.text_encoder,
@@ -135,11 +170,7 @@ class Editor:
                     generator=generator,
                     on_step=report,
                 )
-                names = [f"unet.{name}" for name in learned.tuned_names]
-                if config.profile == "dreambooth":
-                    names += [name for name in self._working if name.startswith("text_encoder.")]
-                tuned = {name: self._working[name].detach().clone() for name in names}
-                self._restore()
+                tuned = self._weights.take(names)
         return Session(
             editor=self,
             source=encoded.image,
@@ -164,18 +195,21 @@ class Editor:
     ) -> Edit:
         """Edit a tuned photo (METHOD sections 3 to 5); Session.edit calls this.
 
-        Raises: InputError for a target check_target refuses; ValueError for the config or another editor's session;
-            Cancelled; an edit that fails leaves the original weights
+        target: what the edited photo should show; config: None takes defaults.edit; on_step, cancel: as in tune
+        Raises: InputError for a target that is empty or has control characters; ValueError for a strategy that matches
+            no tuned weight, or another editor's session; Cancelled; RuntimeError from inside on_step. An edit that
+            fails leaves the original weights.
+        Source: Forgedit, arXiv 2309.10556, sections 3.3 and 3.4
         """
         config = config or self.defaults.edit
         check_target(target)
         if session.editor is not self:
             raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
         progress, model = Progress(on_step, cancel), self.model
-        with self._lock, self._originals_on_error():
+        with self._turn(progress):
             with progress.stage("blend"):
-                unconditional, embedding = self._embed(session, ""), self._embed(session, target)
-                blended = blend_embeddings(session.embedding, embedding, config)
+                unconditional, prompt = self._embed(session, ""), self._embed(session, target)
+                blended = blend_embeddings(session.embedding, prompt.embedding, config)
             with progress.stage("forget"):
                 self._load(session, config)
             with progress.stage("sample") as report:
@@ -183,7 +217,7 @@ class Editor:
                 sampled = sample_ddim(
                     unet=model.unet,
                     embedding=blended,
-                    unconditional=unconditional,
+                    unconditional=unconditional.embedding,
                     alphas_cumprod=model.alphas_cumprod,
                     prediction_type=model.prediction_type,
                     shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
@@ -202,13 +236,14 @@ class Editor:
             seconds=progress.seconds,
             photo_size=session.photo_size,
             opacity=session.opacity,
-            cut=tokenize(target, model.tokenizer)[1],
+            cut=prompt.cut,
         )
 
     def load_session(self, path: str | Path) -> Session:
         """Read a session saved by Session.save. Everything is checked first; no weight of the editor is touched.
 
-        Raises: SessionError for a file that is truncated, altered, of an unknown version, or of another base model
+        Raises: SessionError for a file that is truncated, altered, of an unknown version, or of another base model;
+            OSError if it cannot be read
         """
         return read_session(self, Path(path))
 
@@ -232,29 +267,40 @@ class Editor:
         """SHA-256 of the original UNet, text encoder and VAE; computed once, at the first save or load."""
         if self._fingerprint is None:
             vae = {f"vae.{name}": weight for name, weight in self.model.vae.state_dict().items()}
-            self._fingerprint = base_fingerprint(self._original | vae)
+            self._fingerprint = base_fingerprint(self._weights.original | vae)
         return self._fingerprint
 
     def originals(self) -> dict[str, Tensor]:
         """The original weights by name, prefixed 'unet.' or 'text_encoder.'; not to be written to."""
-        return self._original
+        return self._weights.original
 
-    def _tokens(self, prompt: str) -> Tensor:
+    def _caption(self, image: Image.Image, target: str) -> str:
+        if self.model.captioner is None:
+            raise ModelError("this model has no captioner/; give the photo's caption yourself (TuneConfig.caption)")
+        return caption_photo(image, self.model.captioner, self.model.processor, target)
+
+    def _tokens(self, prompt: str) -> tuple[Tensor, str]:
+        """Ids on the model's device, and the words cut."""
         ids, cut = tokenize(prompt, self.model.tokenizer)
         if cut:
             log.warning("the prompt is longer than %d tokens; cut: %r", ids.shape[1], cut)
-        return ids.to(self.model.alphas_cumprod.device)
+        return ids.to(self.model.alphas_cumprod.device), cut
 
-    def _embed(self, session: Session, prompt: str) -> Tensor:
-        """[1, T, D], by the session's own text encoder; each prompt is encoded once a session."""
+    def _trained(self, profile: str) -> list[str]:
+        unet = trainable_names([name for name, _ in self.model.unet.named_parameters()], profile)
+        text = [name for name in self._weights.working if name.startswith("text_encoder.")]
+        return [f"unet.{name}" for name in unet] + (text if profile == "dreambooth" else [])
+
+    def _embed(self, session: Session, prompt: str) -> Prompt:
+        """By the session's own text encoder; each prompt is encoded once a session."""
         if prompt not in session.prompts:
+            ids, cut = self._tokens(prompt)
             names = [name for name in session.tuned if name.startswith("text_encoder.")]
-            self._changed |= set(names)
+            self._weights.make_writable(names)
             for name in names:
-                self._working[name].copy_(session.tuned[name])
-            session.prompts[prompt] = encode_prompt(self._tokens(prompt), self.model.text_encoder)
-            for name in names:
-                self._working[name].copy_(self._original[name])
+                self._weights.working[name].copy_(session.tuned[name])
+            session.prompts[prompt] = Prompt(encode_prompt(ids, self.model.text_encoder), cut)
+            self._weights.restore(names)
         return session.prompts[prompt]
 
     def _load(self, session: Session, config: EditConfig) -> None:
@@ -263,26 +309,33 @@ class Editor:
         if self._loaded == key:
             return
         tuned = {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
-        self._restore(but=set(tuned))
-        self._changed |= set(tuned)
-        forget_weights(tuned, self._original, self._working, config.strategy, config.keep, self.backend)
+        weights, self._loaded = self._weights, None
+        weights.restore(weights.changed - tuned.keys())
+        weights.make_writable(tuned)
+        forget_weights(tuned, weights.original, weights.working, config.strategy, config.keep, self.backend)
         self._loaded = key
 
-    @torch.no_grad()
-    def _restore(self, but: set[str] | None = None) -> None:
-        """Copy the originals back over every changed working weight, except those about to be overwritten."""
+    def _restore(self) -> None:
         self._loaded = None
-        for name in self._changed - (but or set()):
-            self._working[name].copy_(self._original[name])
-            self._working[name].requires_grad_(False).grad = None
-        self._changed &= but or set()
+        self._weights.restore()
 
     @contextmanager
-    def _originals_on_error(self) -> Iterator[None]:
+    def _turn(self, progress: Progress) -> Iterator[None]:
+        """One thread's turn at the model; if what it does fails, the working weights are the originals again.
+
+        Raises: Cancelled while it waits; RuntimeError if the turn is this thread's already, which would wait for ever
+        """
+        if self._serving == threading.get_ident():
+            raise RuntimeError("on_step called the editor that called it; let it return, then call the editor")
+        while not self._lock.acquire(timeout=WAIT):
+            progress.check("waiting")
         finished = False
         try:
+            self._serving = threading.get_ident()
             yield
             finished = True
         finally:
             if not finished:
                 self._restore()
+            self._serving = None
+            self._lock.release()

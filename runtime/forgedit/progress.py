@@ -15,7 +15,8 @@ from forgedit.errors import Cancelled
 class StepEvent:
     """Progress of one call.
 
-    stage: 'caption', 'encode', 'tune', 'blend', 'forget', 'sample' or 'decode'; step: steps of it finished, of total
+    stage: 'caption', 'encode' and 'tune' of a tune; 'blend', 'forget', 'sample' and 'decode' of an edit
+    step: steps of the stage that are finished, from 1; total: steps it has, though a tune may stop before
     loss: of a tuning step, else None; seconds: since the call began
     """
 
@@ -49,14 +50,15 @@ class Progress:
             reported = True
             if self._on_step is not None:
                 self._on_step(StepEvent(name, step, total, loss, time.perf_counter() - self._start))
-            self._check(name)
+            self.check(name)
 
-        self._check(name)
+        self.check(name)
         yield report
         self.seconds[name] = time.perf_counter() - start
         if not reported:
             report(1, 1)
 
-    def _check(self, name: str) -> None:
+    def check(self, name: str) -> None:
+        """Raises: Cancelled, naming the stage, if the caller asked for that."""
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled(f"cancelled in stage {name}")

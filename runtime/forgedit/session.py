@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
 from forgedit.delta import check_delta, pack_weight, unpack_weight
 from forgedit.errors import SessionError
 from forgedit.progress import OnStep
+from forgedit.session_file import read_session_file, write_session_file
+from forgedit.stages.encode import Prompt
 from forgedit.stages.photo import restore_size
 
 if TYPE_CHECKING:
     from forgedit.editor import Editor
 
-FORMAT_VERSION = 2
 SCALES = ":scales"  # ends the name of the scales that belong to a weight's values
 
 
@@ -53,7 +49,7 @@ class Edit:
     cut: str = ""
 
     def at_photo_size(self) -> Image.Image:
-        """The picture at the photo's own size: RGB, or RGBA with the photo's opacity if it has one."""
+        """The picture at the photo's own size, by Lanczos: RGB, or RGBA with the photo's opacity if it has one."""
         return restore_size(self.image, self.photo_size or self.image.size, self.opacity)
 
 
@@ -79,9 +75,11 @@ class Session:
     source: the photo as edited, RGB at the model's size
     embedding: e_src, [1, T, D] float32
     tuned: tuned weights by name, prefixed 'unet.' or 'text_encoder.'; only tensors that were trained
-    losses: one per step, the step that stopped early included; seconds: seconds by stage
+    caption, config: what was learned as the photo's prompt, and how
+    losses: one per step, the step that stopped early included; stopped_early: whether there was one
+    seconds: seconds by stage
     photo_size, opacity: of the upright photo, see Edit
-    prompts: embeddings [1, T, D] of the prompts already encoded, filled by the editor
+    prompts: the prompts already encoded, filled by the editor
     """
 
     editor: Editor = field(repr=False)
@@ -95,7 +93,7 @@ class Session:
     seconds: dict[str, float]
     photo_size: tuple[int, int] | None = None
     opacity: Image.Image | None = field(repr=False, default=None)
-    prompts: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    prompts: dict[str, Prompt] = field(repr=False, default_factory=dict)
 
     def edit(
         self,
@@ -106,7 +104,7 @@ class Session:
     ) -> Edit:
         """Edit towards the target prompt; config None takes the editor's defaults.edit.
 
-        Raises: InputError, ValueError, Cancelled
+        on_step, cancel, Raises: as Editor.edit says
         """
         return self.editor.edit(self, target, config, on_step, cancel)
 
@@ -150,13 +148,8 @@ class Session:
             "photo_size": self.photo_size,
             "delta": delta,
         }
-        metadata = {
-            "format_version": str(FORMAT_VERSION),
-            "base_fingerprint": self.editor.fingerprint,
-            "record": json.dumps(record),
-        }
-        metadata["payload_sha256"] = _payload_digest(tensors, metadata)
-        return SavedSession(path, delta, _write(path, tensors, metadata), relative_error)
+        num_bytes = write_session_file(path, tensors, record, self.editor.fingerprint)
+        return SavedSession(path, delta, num_bytes, relative_error)
 
     def _packed(self, delta: str) -> tuple[dict[str, Tensor], float]:
         """Tensors to store, on the CPU, and the relative error of what will be restored from them."""
@@ -174,63 +167,32 @@ class Session:
         return tensors, math.sqrt(wrong / change) if change else 0.0
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
-    """Write all of a temporary file beside `path`, then rename it. Returns: bytes. Raises: OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            num_bytes = os.fstat(file.fileno()).st_size
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too must outlive a power cut
-    finally:
-        os.close(folder)
-    return num_bytes
-
-
 def read_session(editor: Editor, path: Path) -> Session:
     """Read and check a session file: readable, version, base, payload, and names and shapes the editor has.
 
     Raises: SessionError saying which check failed; OSError if there is no such file
     """
-    path.stat()
+    tensors, record = read_session_file(path, editor.fingerprint)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise SessionError(f"{str(path)!r} is truncated or not a session: {error}") from error
-    missing = {"format_version", "base_fingerprint", "record", "payload_sha256"} - metadata.keys()
-    if missing:
-        raise SessionError(f"{str(path)!r} is not a session: its metadata lacks {', '.join(sorted(missing))}")
-    if metadata["format_version"] != str(FORMAT_VERSION):
-        raise SessionError(f"session format {metadata['format_version']!r} is not known; expected {FORMAT_VERSION}")
-    if metadata["base_fingerprint"] != editor.fingerprint:
-        raise SessionError(
-            f"the session was tuned on base model {metadata['base_fingerprint']}, this editor's is "
-            f"{editor.fingerprint}; load the model it was tuned on"
-        )
-    if _payload_digest(tensors, metadata) != metadata["payload_sha256"]:
-        raise SessionError(f"{str(path)!r} was altered: its payload does not have the SHA-256 it was saved with")
-    record: dict[str, Any] = json.loads(metadata["record"])
+        return _unpacked(editor, tensors, record)
+    except KeyError as error:
+        raise SessionError(f"{str(path)!r} lacks {error}, which every session has") from error
+    except (TypeError, ValueError) as error:
+        raise SessionError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def _unpacked(editor: Editor, tensors: dict[str, Tensor], record: dict[str, Any]) -> Session:
     source, embedding = tensors.pop("source"), tensors.pop("embedding")
     opacity = tensors.pop("opacity", None)
     tuned = {}
     for name in [name for name in tensors if not name.endswith(SCALES)]:
         if name not in editor.originals():
-            raise SessionError(f"{str(path)!r} holds {name!r}, which the model lacks")
+            raise ValueError(f"it holds {name!r}, which the model lacks")
         try:
             parts = tensors[name], tensors.get(name + SCALES)
             tuned[name] = unpack_weight(*parts, editor.originals()[name], record["delta"])
         except ValueError as error:
-            raise SessionError(f"{str(path)!r} holds {name!r} in no way that can be read: {error}") from error
+            raise ValueError(f"{name!r} is not what the format says: {error}") from error
     return Session(
         editor=editor,
         source=Image.fromarray(source.numpy()),
@@ -244,22 +206,3 @@ def read_session(editor: Editor, path: Path) -> Session:
         photo_size=tuple(size) if (size := record["photo_size"]) else None,
         opacity=None if opacity is None else Image.fromarray(opacity.numpy()),
     )
-
-
-def base_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes."""
-    return _digest(weights, "")
-
-
-def _payload_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256, in hex, of all tensors and all metadata but itself."""
-    return _digest(tensors, json.dumps([metadata[key] for key in ("format_version", "base_fingerprint", "record")]))
-
-
-def _digest(tensors: Mapping[str, Tensor], words: str) -> str:
-    digest = hashlib.sha256(words.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -227,7 +227,7 @@ def test_a_channels_last_unet_is_refused(editor):
     with pytest.raises(ValueError, match="not contiguous"):
         tune(
             unet, editor.model.text_encoder, torch.zeros(1, 77, dtype=torch.long), embedding, latents,
-            editor.model.alphas_cumprod, TUNE, torch.Generator(), lambda *_: None,
+            editor.model.alphas_cumprod, "epsilon", TUNE, torch.Generator(), lambda *_: None,
         )  # fmt: skip
 
 

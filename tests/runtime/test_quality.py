@@ -12,7 +12,7 @@ from PIL import Image
 from forgedit import Edit, EditConfig, SweepConfig, TuneConfig
 from forgedit.quality.contact_sheet import MARK, SHORT_SIDE, contact_sheet
 from forgedit.quality.metrics import psnr
-from forgedit.quality.report import describe_edit, make_report, write_atomic, write_report
+from forgedit.quality.report import describe_edit, make_report, write_report
 
 COLOURS = [(20 * index, 255 - 20 * index, 60) for index in range(12)]
 
@@ -94,6 +94,7 @@ def test_report_holds_every_setting(editor, photo, tmp_path):
     assert report["edits"][0]["seconds"].keys() == {"blend", "forget", "sample", "decode"}
     assert report["tune"]["seconds"].keys() == {"caption", "encode", "tune"}
     assert report["backend"] == editor.backend and report["versions"]["torch"] == torch.__version__
+    assert (report["photo_size"], report["edited_size"]) == ([60, 30], list(session.source.size))
     assert report["forgedit"] and report["threads"] == 1 and report["seconds"] == {"load": 1.5}
     assert report["peak_bytes"]["process"] > 50e6
     assert report["recommended"]["edit"] == asdict(editor.defaults.edit)
@@ -103,16 +104,3 @@ def test_an_equal_picture_is_no_infinity_in_json(editor, photo):
     session = editor.tune(photo, TuneConfig(num_steps=1, batch_size=1, caption="a cat"))
     same = Edit(session.source, torch.zeros(1), EditConfig(), "t", {})
     assert describe_edit(same, session, "edit.png")["psnr_to_original"] is None
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "report.json"
-    path.write_text("old")
-
-    def full(file):
-        file.write(b"new, but")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        write_atomic(path, full)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,6 +1,7 @@
 """Sessions: saved and loaded with equal bits, refused when anything about the file is wrong."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 
-import forgedit.session
+import forgedit.session_file
 from bench.sessions import measure
 from forgedit import EditConfig, Editor, SessionError, TuneConfig
 from forgedit.delta import DELTA_FORMATS
@@ -169,7 +170,7 @@ def test_every_truncation_is_refused(editor, session, tmp_path, delta):
 
 
 def sign(tensors, metadata):
-    metadata["payload_sha256"] = forgedit.session._payload_digest(tensors, metadata)
+    metadata["payload_sha256"] = forgedit.session_file.payload_digest(tensors, metadata)
 
 
 def unknown_delta(tensors, metadata):
@@ -188,6 +189,14 @@ def another_weight(tensors, metadata):
     tensors["unet.nowhere"] = torch.zeros(3)
 
 
+def no_embedding(tensors, metadata):
+    del tensors["embedding"]
+
+
+def unknown_setting(tensors, metadata):
+    metadata["record"] = metadata["record"].replace('"unet_lr"', '"lr"')
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -195,6 +204,8 @@ def another_weight(tensors, metadata):
         (another_delta, "expected torch.uint8"),
         (scales_gone, "expected scales"),
         (another_weight, "'unet.nowhere', which the model lacks"),
+        (no_embedding, "lacks 'embedding'"),
+        (unknown_setting, "unexpected keyword argument 'lr'"),
     ],
 )
 def test_a_signed_file_that_does_not_fit_is_refused(editor, session, tmp_path, change, message):
@@ -247,9 +258,10 @@ def test_a_full_disk_leaves_no_partial_file(session, tmp_path, monkeypatch, delt
         path.write_bytes(b"half of it")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(forgedit.session, "save_file", fill)
-    with pytest.raises(OSError, match=r"cannot write .*a\.safetensors.*No space left"):
+    monkeypatch.setattr(forgedit.session_file, "save_file", fill)
+    with pytest.raises(OSError, match=r"cannot write .*a\.safetensors.*No space left") as error:
         session.save(tmp_path / "a.safetensors", delta)
+    assert error.value.errno == errno.ENOSPC
     assert not os.listdir(tmp_path)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from forgedit.atomic import write_atomic
 from forgedit.quality.metrics import psnr
 from forgedit.session import Edit, Session
 
@@ -28,7 +28,7 @@ def describe_edit(edit: Edit, session: Session, file: str) -> dict[str, Any]:
 
     file: where the picture lies, relative to the report
     cut: the target's words beyond the model's tokens; '' if none
-    psnr_to_original: decibels against session.source; None for an equal picture (JSON has no infinity)
+    psnr_to_original: decibels against session.source, at the edited size; None if equal (JSON has no infinity)
     """
     decibels = psnr(edit.image, session.source)
     return {
@@ -43,7 +43,7 @@ def describe_edit(edit: Edit, session: Session, file: str) -> dict[str, Any]:
 def make_report(
     session: Session, target: str, edits: Sequence[dict[str, Any]], seconds: dict[str, float], **more: Any
 ) -> dict[str, Any]:
-    """The whole report.
+    """The whole report. Sizes are width and height in pixels: the photo's, which the files have, and the model's.
 
     edits: as describe_edit gives them; seconds: what neither session nor edits timed, such as loading the model
     more: further entries, such as the command or the chosen edit
@@ -55,7 +55,8 @@ def make_report(
         **more,
         "target": target,
         "caption": session.caption,
-        "size": list(session.source.size),
+        "photo_size": list(session.photo_size or session.source.size),
+        "edited_size": list(session.source.size),
         "tune": {
             "settings": asdict(session.config),
             "losses": list(session.losses),
@@ -81,22 +82,6 @@ def peak_bytes(device: torch.device) -> dict[str, int | None]:
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the report, indented, atomically. Raises: OSError."""
-    write_atomic(path, lambda file: file.write(json.dumps(report, indent=2, allow_nan=False).encode()))
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Fill a temporary file beside `path`, then rename: `path` is what it was, or whole. Makes missing folders.
-
-    Raises: OSError, or what `write` raises; the temporary file is gone then
-    """
+    """Write the report, indented, atomically; missing folders are made. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {str(path)!r}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, lambda file: file.write_text(json.dumps(report, indent=2, allow_nan=False), encoding="utf-8"))

@@ -24,6 +24,14 @@ class Encoded:
     latents: Tensor
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """embedding: [1, T, D]; cut: the words beyond the model's tokens, which it does not see; '' if none."""
+
+    embedding: Tensor
+    cut: str
+
+
 def resize_photo(photo: Image.Image, config: TuneConfig, resolution: int, vae_scale: int) -> Image.Image:
     """Bring a photo to a size the model takes.
 

@@ -1,0 +1,137 @@
+"""What one command is about, and everything that can be refused before a model is loaded or a photo is learned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from forgedit.config import EditConfig, TuneConfig, parse_strategy
+from forgedit.editor import Editor
+from forgedit.errors import InputError, ModelError
+from forgedit.flags import changed, given
+from forgedit.model.load import BUNDLED
+from forgedit.stages.encode import check_target
+from forgedit.stages.photo import open_photo
+from forgedit.stages.sample import ddim_timesteps
+from forgedit.stages.tune import trainable_names
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command is about.
+
+    photo: opened, or None where `path` is a session; target: '' for tune and caption
+    out: folder for pictures and report; save: the session's file, delta: how it holds the weights
+    caption: for a model without a captioner
+    """
+
+    path: Path
+    photo: Image.Image | None
+    target: str = ""
+    out: Path | None = None
+    save: Path | None = None
+    delta: str = "fp32"
+    caption: str | None = None
+
+
+def check_job(args: argparse.Namespace) -> Job:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises: InputError for photo, target, settings for a session, or a place that cannot be written to; ModelError if
+        the model has no demo
+    """
+    if args.command == "demo":
+        return _demo(args)
+    job = Job(args.photo, None, getattr(args, "target", ""), getattr(args, "out", None), getattr(args, "save", None))
+    if getattr(args, "delta", None) is not None:
+        if job.save is None:
+            raise InputError(f"--delta {args.delta} says how --save stores the session; give --save FILE too")
+        job = replace(job, delta=args.delta)
+    if args.command in ("edit", "sweep"):
+        job = replace(job, out=job.out or Path("out") / job.path.stem)
+        check_target(job.target)
+    _check_places(job)
+    if args.command in ("edit", "sweep") and _is_session(job.path):
+        unused = [*given(args, TuneConfig), *(["save"] if job.save else [])]
+        if unused:
+            raise InputError(f"{', '.join(unused)}: not for a session, which is tuned and saved already")
+        return job
+    job = replace(job, photo=open_photo(job.path))
+    here = job.path.resolve()
+    if job.out is not None and here.parent in (job.out.resolve(), job.out.resolve() / "sweep"):
+        raise InputError(f"the photo lies in {str(job.out)!r}, where results are written; choose another --out")
+    if job.save is not None and job.save.resolve() == here:
+        raise InputError(f"--save {str(job.save)!r} is the photo; choose another file")
+    return job
+
+
+def check_settings(job: Job, args: argparse.Namespace, editor: Editor) -> tuple[TuneConfig, list[EditConfig]]:
+    """The tune's settings and each edit's, from the model's recommended ones and the flags. Raises: InputError."""
+    tune_config = changed(args, editor.defaults.tune)
+    if editor.model.captioner is None and tune_config.caption is None and job.photo is not None:
+        if job.caption is None:
+            raise InputError("this model has no captioner; say what the photo shows with --caption")
+        tune_config = tune_config.replace(caption=job.caption)
+    configs: list[EditConfig] = []
+    if args.command == "edit":
+        configs = [changed(args, editor.defaults.edit)]
+    elif args.command == "sweep":
+        configs = changed(args, editor.defaults.sweep).edits()
+    elif args.command == "demo":
+        configs = list(dict.fromkeys([*editor.defaults.sweep.edits(), editor.defaults.edit]))
+    if job.photo is not None:
+        try:
+            trained = trainable_names([name for name, _ in editor.model.unet.named_parameters()], tune_config.profile)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        check_edits(configs, trained, editor)
+    return tune_config, configs
+
+
+def check_edits(configs: list[EditConfig], trained: Iterable[str], editor: Editor) -> None:
+    """What an edit would refuse after the tune, seen before it. Raises: InputError."""
+    names = list(trained)
+    for config in configs:
+        if config.strategy != "none" and not any(map(parse_strategy(config.strategy), names)):
+            raise InputError(f"strategy {config.strategy!r} matches no tuned weight, such as {names[0]!r}")
+        try:
+            ddim_timesteps(config.num_steps, len(editor.model.alphas_cumprod))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+def _demo(args: argparse.Namespace) -> Job:
+    folder = BUNDLED if args.model == "bundled" else Path(args.model)
+    try:
+        record = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+        job = Job(folder / "demo.png", open_photo(folder / "demo.png"), record["target"], args.out)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model folder has no demo: {error}; expected demo.png and demo.json in it") from error
+    job = replace(job, save=args.out / "session.safetensors", caption=record.get("caption"))
+    _check_places(job)
+    return job
+
+
+def _check_places(job: Job) -> None:
+    for path, wanted in ((job.out, "folder"), (job.save, "file")):
+        if path is None:
+            continue
+        if path.exists() and path.is_dir() != (wanted == "folder"):
+            raise InputError(f"cannot write to {str(path)!r}; expected a {wanted}, or nothing, there")
+        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not os.access(above, os.W_OK) or (above != path and not above.is_dir()):
+            raise InputError(f"cannot write to {str(path)!r}; {str(above)!r} is not a folder one may write to")
+
+
+def _is_session(path: Path) -> bool:
+    """A safetensors file: eight bytes of length, then JSON. No photo has '{' there."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
