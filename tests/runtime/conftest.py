@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from forgedit import Editor
+from tests.runtime import naive
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -129,6 +130,12 @@ def other_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def editor(folder) -> Editor:
     return Editor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pipe(folder) -> naive.Pipe:
+    """The same weights, in the naive transcription's hands; no test writes to them."""
+    return naive.load(folder)
 
 
 @pytest.fixture(scope="session")

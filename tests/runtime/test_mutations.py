@@ -60,11 +60,6 @@ TUNE_MUTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def pipe(folder):
-    return naive.load(folder)
-
-
-@pytest.fixture(scope="module")
 def engine(editor, photo, pipe):
     """case -> config, unbroken rules, session and z of the engine."""
 

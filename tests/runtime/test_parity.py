@@ -26,11 +26,6 @@ TARGET = "a dog"
 
 
 @pytest.fixture(scope="module")
-def pipe(folder):
-    return naive.load(folder)
-
-
-@pytest.fixture(scope="module")
 def learned_pair(editor, photo, pipe):
     """profile, resize -> (our session, the naive result), each computed once."""
 

@@ -1,4 +1,4 @@
-"""Photos as they really come: read right, or refused with one clear error and nothing left behind."""
+"""Photos as they really come, read right: formats, rotation, colour, transparency, depth, size."""
 
 import io
 import logging
@@ -7,64 +7,26 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageDraw
+from PIL import Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
 
-from forgedit import EditConfig, InputError, TuneConfig
-from forgedit.cli import main
-from forgedit.quality.report import write_atomic
+from forgedit import EditConfig, TuneConfig
 from forgedit.session import Edit
 from forgedit.stages.photo import composite_photo, open_photo, restore_size
+from tests.runtime.photos import (
+    QUARTERS,
+    SIZE,
+    equal,
+    grey_profile,
+    picture,
+    pixels,
+    png_chunks,
+    srgb,
+    swapped_primaries,
+)
 
 TUNE = TuneConfig(num_steps=1, batch_size=1, caption="a cat")
 EDIT = EditConfig(num_steps=1)
-SIZE = (40, 24)
-QUARTERS = np.array([[[220, 30, 40], [30, 200, 60]], [[40, 50, 210], [230, 220, 60]]], dtype=np.uint8)
-
-
-def picture() -> Image.Image:
-    """40 by 24 pixels, a quarter each of red, green, blue, yellow."""
-    return Image.fromarray(QUARTERS).resize(SIZE, Image.Resampling.NEAREST)
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
-
-
-def equal(image: Image.Image, expected: Image.Image) -> bool:
-    return image.mode == expected.mode and np.array_equal(np.asarray(image), np.asarray(expected))
-
-
-def srgb() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-def swapped_primaries() -> bytes:
-    """An RGB profile: sRGB with the columns of red and green exchanged."""
-    return srgb().replace(b"rXYZ", b"tEmp", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tEmp", b"gXYZ", 1)
-
-
-def grey_profile(gamma: float) -> bytes:
-    """A small ICC profile for grey, made by hand: a gamma curve and the D50 white point."""
-    white = struct.pack(">4sIiii", b"XYZ ", 0, round(0.9642 * 65536), 65536, round(0.8249 * 65536))
-    curve = struct.pack(">4sIIH", b"curv", 0, 1, round(gamma * 256)) + b"\0\0"
-    start = 128 + 4 + 2 * 12
-    table = struct.pack(">I", 2) + struct.pack(">4sII", b"wtpt", start, len(white))
-    table += struct.pack(">4sII", b"kTRC", start + len(white), 14)
-    header = struct.pack(">I4sI4s4s4s", start + len(white) + len(curve), b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ")
-    header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28)
-    header += struct.pack(">iii", round(0.9642 * 65536), 65536, round(0.8249 * 65536))
-    return header.ljust(128, b"\0") + table + white + curve
-
-
-def png_chunks(size: tuple[int, int], depth: int, colour: int, extra: bytes, rows: bytes) -> bytes:
-    """A PNG that Pillow cannot write itself."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "a.PNG", "no_suffix"])
@@ -249,12 +211,6 @@ def test_sixteen_bits(tmp_path):
     assert open_photo(tmp_path / "rgb.png").getpixel((3, 3)) == (117, 0, 255)
 
 
-@pytest.mark.parametrize("image, message", [(("I", SIZE, 70000), "16 bits"), (("F", SIZE), "floating-point")])
-def test_pixels_without_a_known_range(image, message):
-    with pytest.raises(InputError, match=message):
-        open_photo(Image.new(*image))
-
-
 @pytest.mark.parametrize("size", [(96, 48), (50, 130)])
 def test_edited_at_the_models_size_and_given_at_the_photos(editor, tmp_path, size):
     picture().resize(size).save(tmp_path / "a.png")
@@ -279,189 +235,3 @@ def test_a_phones_jpeg_with_a_second_picture(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.format == "MPO" and image.n_frames == 2
         assert equal(open_photo(image), open_photo(tmp_path / "a.jpg"))
-
-
-def cut(kind):
-    def write(path):
-        picture().resize((200, 100)).save(path, kind)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    return write
-
-
-def animated(kind):
-    def write(path):
-        picture().save(path, kind, save_all=True, append_images=[Image.new("RGB", SIZE)], duration=100)
-
-    return write
-
-
-def of_kind(kind):
-    return lambda path: picture().save(path, kind)
-
-
-def of_size(*size):
-    return lambda path: Image.new("RGB", size).save(path, "PNG")
-
-
-def huge(path):
-    """64 million and 8000 pixels by its header; hardly any behind it."""
-    path.write_bytes(png_chunks((8000, 8001), 8, 2, b"", b""))
-
-
-def bomb(path):
-    """So many that Pillow itself would refuse, or warn, before we can."""
-    path.write_bytes(png_chunks((60000, 60000), 8, 2, b"", b""))
-
-
-def huge_jpeg(path):
-    picture().save(path, "JPEG")
-    content = bytearray(path.read_bytes())
-    place = content.index(b"\xff\xc0") + 5
-    content[place : place + 4] = struct.pack(">HH", 9000, 9000)
-    path.write_bytes(content)
-
-
-REFUSED = {
-    "truncated JPEG": (cut("JPEG"), "cannot read the photo"),
-    "truncated PNG": (cut("PNG"), "cannot read the photo"),
-    "truncated WebP": (cut("WEBP"), "cannot read the photo"),
-    "only a PNG's first bytes": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "cannot read the photo"),
-    "only a JPEG's first bytes": (lambda path: path.write_bytes(b"\xff\xd8\xff"), "cannot read the photo"),
-    "another RIFF": (lambda path: path.write_bytes(b"RIFF\0\0\0\0WAVEfmt "), "cannot read the photo"),
-    "empty": (lambda path: path.write_bytes(b""), "unknown format"),
-    "text": (lambda path: path.write_bytes(b"no picture"), "unknown format"),
-    "EPS": (of_kind("EPS"), "unknown format"),
-    "GIF": (of_kind("GIF"), "unknown format"),
-    "TIFF": (of_kind("TIFF"), "unknown format"),
-    "BMP": (of_kind("BMP"), "unknown format"),
-    "a folder": (lambda path: path.mkdir(), "cannot read the photo"),
-    "missing": (lambda path: None, "No such file"),
-    "animated PNG": (animated("PNG"), "animated"),
-    "animated WebP": (animated("WEBP"), "animated"),
-    "over 64 megapixels": (huge, "8000 by 8001 pixels; expected at most 64 megapixels"),
-    "a decompression bomb": (bomb, "60000 by 60000 pixels"),
-    "a huge JPEG": (huge_jpeg, "9000 by 9000 pixels"),
-    "narrow": (of_size(15, 400), "15 by 400 pixels; expected at least 16 a side"),
-    "low": (of_size(400, 1), "400 by 1 pixels"),
-}
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(tmp_path, capsys, monkeypatch, folder, name):
-    write, message = REFUSED[name]
-    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
-    path = tmp_path / "here" / "photo.jpg"
-    path.parent.mkdir()
-    write(path)
-    with pytest.raises(InputError, match=message):
-        open_photo(path)
-    monkeypatch.chdir(tmp_path)
-    assert main(["edit", str(path), "a dog", "--save", "s", "--model", str(folder), "--threads", "1"]) == 2
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert message in line and out == ""
-    assert [each.name for each in tmp_path.iterdir()] == ["here"] and len(list(path.parent.iterdir())) <= 1
-
-
-def test_sixteen_pixels_are_enough(tmp_path):
-    of_size(16, 16)(tmp_path / "a.png")
-    assert open_photo(tmp_path / "a.png").size == (16, 16)
-
-
-def test_too_many_pixels_are_seen_before_they_are_decoded(tmp_path, monkeypatch):
-    def decode(self):
-        raise AssertionError("decoded")
-
-    huge_jpeg(tmp_path / "a.jpg")
-    monkeypatch.setattr(JpegImageFile, "load", decode)
-    with pytest.raises(InputError, match="megapixels"):
-        open_photo(tmp_path / "a.jpg")
-
-
-def test_a_pil_image_is_checked_too(tmp_path):
-    for image in (Image.new("L", (15, 15)), Image.new("1", (8001, 8000))):
-        with pytest.raises(InputError, match="pixels; expected"):
-            open_photo(image)
-    animated("GIF")(tmp_path / "a.gif")
-    with Image.open(tmp_path / "a.gif") as image, pytest.raises(InputError, match="animated"):
-        open_photo(image)
-    cut("JPEG")(tmp_path / "a.jpg")
-    with Image.open(tmp_path / "a.jpg") as image, pytest.raises(InputError, match="cannot read"):
-        open_photo(image)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_damage_anywhere_is_an_input_error(tmp_path, kind):
-    """Bytes overwritten at random: either still a picture, or an InputError, never another exception."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture().save(tmp_path / "a", kind, exif=exif, icc_profile=srgb())
-    whole, rng = (tmp_path / "a").read_bytes(), np.random.default_rng(0)
-    refused = 0
-    for _ in range(150):
-        content = bytearray(whole)
-        for place in rng.integers(0, len(content), 3):
-            content[place] = rng.integers(256)
-        (tmp_path / "b").write_bytes(content)
-        try:
-            assert min(open_photo(tmp_path / "b").size) >= 16
-        except InputError:
-            refused += 1
-    assert refused
-
-
-@pytest.mark.parametrize("prompt", ["a\ndog", "a dog\0", "\x1b[31ma dog", "a\tdog", "a \x85dog", "a \ud800dog"])
-def test_control_characters_in_a_prompt(editor, photo, tmp_path, monkeypatch, folder, capsys, prompt):
-    session = editor.tune(photo, TUNE)
-    with pytest.raises(InputError, match="target prompt has the control character"):
-        session.edit(prompt, EDIT)
-    with pytest.raises(InputError, match="caption has the control character"):
-        editor.tune(photo, TUNE.replace(caption=prompt))
-    monkeypatch.chdir(tmp_path)
-    assert main(["edit", str(photo), prompt, "--model", str(folder), "--threads", "1"]) == 2
-    assert "control character" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_prompts_in_other_scripts_are_taken(editor, photo):
-    assert editor.tune(photo, TUNE).edit("ein Hündchen 🐕\u200d🦺 犬", EDIT).cut == ""
-
-
-def test_what_was_cut_from_a_long_prompt_is_reported(editor, photo, caplog):
-    session = editor.tune(photo, TUNE)
-    with caplog.at_level(logging.WARNING, "forgedit"):
-        edits = [session.edit("ab " * 37 + "c def", EDIT) for _ in range(2)]
-    assert "longer than 77 tokens" in caplog.text and "def" in caplog.text
-    assert [edit.cut.replace(" ", "") for edit in edits] == ["def"] * 2
-
-
-def test_a_full_disk_leaves_no_partial_file(tmp_path, editor, photo, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    target = tmp_path / "a.png"
-    with pytest.raises(OSError, match=r"cannot write '.*a.png': .*No space left on device"):
-        write_atomic(target, lambda file: (file.write(b"half"), full()))
-    assert not list(tmp_path.iterdir())
-    target.write_bytes(b"old")
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(target, full)
-    session = editor.tune(photo, TUNE)
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"cannot write '.*session': .*No space left on device"):
-        session.save(tmp_path / "session")
-    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
-
-
-def test_a_full_disk_on_the_command_line(folder, photo, tmp_path, monkeypatch, capsys):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Image.Image, "save", full)
-    words = ["edit", photo, "a dog", "--caption", "a cat", "--tune-num-steps", "1", "--batch-size", "1"]
-    words += ["--num-steps", "1", "--model", folder, "--threads", "1", "--out", "o"]
-    assert main(list(map(str, words))) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
