@@ -23,7 +23,7 @@ class Weights:
     def __init__(self, unet: Any, text_encoder: Any) -> None:
         self.working = {f"unet.{name}": weight for name, weight in unet.named_parameters()}
         self.working |= {f"text_encoder.{name}": weight for name, weight in text_encoder.named_parameters()}
-        self.original: dict[str, Tensor] = {name: weight.detach() for name, weight in self.working.items()}
+        self.original: dict[str, Tensor] = {name: weight.data for name, weight in self.working.items()}
         self.changed: set[str] = set()
 
     def make_writable(self, names: Iterable[str]) -> None:
@@ -42,6 +42,6 @@ class Weights:
 
     def take(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The working weights of `names`, handed over without a copy; all working weights are the originals again."""
-        taken = {name: self.working[name].detach() for name in names}
+        taken = {name: self.working[name].data for name in names}
         self.restore()
         return taken

@@ -40,12 +40,15 @@ def model_from_pipe(pipe: Any, captioner: Any = None, processor: Any = None) -> 
     for name in (*kinds, "tokenizer", "scheduler"):
         if getattr(pipe, name, None) is None:
             raise ModelError(f"{type(pipe).__name__} has no {name}; expected a loaded StableDiffusionPipeline")
+    for name, kind in kinds.items():
+        _check_kind(getattr(pipe, name), kind, f"pipe's {name}")
     device = next(pipe.unet.parameters()).device
     unet, vae, text_encoder = (_share(getattr(pipe, name), kinds[name], f"pipe's {name}", device) for name in kinds)
     tokenizer = copy.deepcopy(pipe.tokenizer)  # calls leave their padding and truncation in it
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     alphas_cumprod, prediction_type = noise_schedule(pipe.scheduler.config)
     if captioner is not None:
+        _check_kind(captioner, BlipForConditionalGeneration, "captioner")
         captioner = _share(captioner, BlipForConditionalGeneration, "captioner", device)
     model = Model(
         name=getattr(pipe, "name_or_path", None) or "pipe",
@@ -65,10 +68,13 @@ def model_from_pipe(pipe: Any, captioner: Any = None, processor: Any = None) -> 
     return model
 
 
-def _share(module: Any, kind: Any, name: str, device: torch.device) -> Any:
-    """A frozen module in eval mode of the same configuration, holding `module`'s tensors, or float32 copies of them."""
+def _check_kind(module: Any, kind: Any, name: str) -> None:
     if type(module) is not kind:
         raise ModelError(f"the {name} is a {type(module).__name__}; expected a plain {kind.__name__}, not compiled")
+
+
+def _share(module: Any, kind: Any, name: str, device: torch.device) -> Any:
+    """A frozen module in eval mode of the same configuration, holding `module`'s tensors, or float32 copies of them."""
     config = copy.deepcopy(module.config)  # transformers writes to the one it is given
     with torch.device("meta"):  # no memory, no random numbers
         own = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
@@ -88,9 +94,12 @@ def _share(module: Any, kind: Any, name: str, device: torch.device) -> Any:
         if tensor.shape != ours[path].shape or tensor.is_floating_point() != ours[path].is_floating_point():
             raise ModelError(f"the {name}'s {path!r} is {tensor.dtype} {list(tensor.shape)}; load it not quantised")
         if id(tensor) not in made:
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            made[id(tensor)] = tensor.detach().to(device, dtype).contiguous()
-            copied += made[id(tensor)].nbytes * (made[id(tensor)].data_ptr() != tensor.data_ptr())
+            # .data, not detach(): what is written to our modules later must not count as a write to the pipe's tensor
+            value = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            if value.stride() != ours[path].stride():  # is_contiguous() takes a channels_last 1x1 kernel for contiguous
+                value = value.clone(memory_format=torch.contiguous_format)
+            made[id(tensor)] = value
+            copied += value.nbytes * (value.data_ptr() != tensor.data_ptr())
         value = made[id(tensor)]
         place, _, leaf = path.rpartition(".")
         setattr(own.get_submodule(place), leaf, Parameter(value, False) if path in weights else value)
