@@ -132,9 +132,17 @@ def _number(field: str, got: object, low: float = -math.inf, high: float = math.
 class TuneConfig:
     """How one photo is learned (METHOD sections 1, 2 and 6). Fields left out take their profile's preset (PROFILES).
 
+    profile: 'official' follows the authors' program, 'paper' the paper, 'dreambooth' trains UNet and text encoder whole
+    num_steps: updates at most, each on batch_size samples of noise and timestep
+    unet_lr, embedding_lr, text_encoder_lr: Adam's rates; its betas are 0.9 and 0.999, its eps is eps
+    loss_threshold: a smaller loss ends the tune once step * batch_size > min_samples; 0 never does
+    loss_scale: the loss is multiplied by it before the backward pass and never divided again, as upstream's is
+    resize: 'fit' keeps the photo's aspect ratio, 'squash' does not
     width, height: pixels, None for the model's own; the area to fill with resize 'fit', the size with 'squash'
+    seed: of the posterior draw, the noise and the timesteps
     caption: replaces the captioner's
     Raises: ValueError naming the field
+    Source: Forgedit, arXiv 2309.10556, section 3.2
     """
 
     profile: str = "official"
@@ -184,10 +192,15 @@ class TuneConfig:
 class EditConfig:
     """How one edit is made (METHOD sections 3 to 5).
 
-    strategy: a name of STRATEGIES or a predicate (parse_strategy)
-    keep: share of the tuned weight kept where the strategy matches
-    blend: 'vs' reads gamma; 'vp' reads identity_weight and edit_weight
+    strategy: what is forgotten; a name of STRATEGIES or a predicate (parse_strategy)
+    keep: share of the tuned weight kept where the strategy matches, 0 to 1
+    blend: 'vs' reads gamma; 'vp' reads identity_weight (the photo's) and edit_weight (the target's)
+    gamma: 0 is the source embedding, 1 the target's, more goes beyond it
+    num_steps: DDIM steps, at most the model's training steps
+    guidance_scale: 1 for no guidance
+    seed: of the initial noise
     Raises: ValueError naming the field
+    Source: Forgedit, arXiv 2309.10556, sections 3.3 and 3.4
     """
 
     strategy: str = "none"
@@ -212,7 +225,11 @@ class EditConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A grid of edits: strategies, then strengths (gammas, or identity_weights by edit_weights), then seeds."""
+    """A grid of edits: strategies, then strengths (gammas, or identity_weights by edit_weights), then seeds.
+
+    blend: decides which strengths are read; keep, num_steps, guidance_scale: of every edit, as in EditConfig
+    Raises: ValueError naming the field
+    """
 
     strategies: tuple[str, ...] = ("none", "encoderattn", "decoderattn")
     blend: str = "vs"
@@ -246,7 +263,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings a model folder recommends; METHOD's where it says nothing."""
+    """Settings a model folder recommends for tune, edit and sweep; METHOD's where it says nothing."""
 
     tune: TuneConfig
     edit: EditConfig

@@ -242,6 +242,7 @@ class Editor:
     def load_session(self, path: str | Path) -> Session:
         """Read a session saved by Session.save. Everything is checked first; no weight of the editor is touched.
 
+        path: of the safetensors file
         Raises: SessionError for a file that is truncated, altered, of an unknown version, or of another base model;
             OSError if it cannot be read
         """

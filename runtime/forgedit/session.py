@@ -33,6 +33,7 @@ SCALES = ":scales"  # ends the name of the scales that belong to a weight's valu
 class Edit:
     """One edited picture.
 
+    config, target: what was asked for
     image: RGB, the session's edited size; latents: [1, C, h, w] float32 on the CPU, scaled as the UNet sees them
     seconds: seconds by stage ('blend', 'forget', 'sample', 'decode')
     photo_size: width and height of the upright photo, pixels, None for image's own; opacity: L of that size, or None
@@ -57,7 +58,7 @@ class Edit:
 class SavedSession:
     """What Session.save wrote.
 
-    num_bytes: of the whole file
+    path: of the file, num_bytes: its size; delta: how it holds the tuned weights
     relative_error: |restored - tuned| / |tuned - original|, Euclidean norms over all tuned values, in float64; 0 for
         fp32, which is restored bit for bit
     """
@@ -102,9 +103,9 @@ class Session:
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
     ) -> Edit:
-        """Edit towards the target prompt; config None takes the editor's defaults.edit.
+        """Edit towards the target prompt.
 
-        on_step, cancel, Raises: as Editor.edit says
+        target, config, on_step, cancel, Raises: as Editor.edit says
         """
         return self.editor.edit(self, target, config, on_step, cancel)
 
@@ -117,8 +118,8 @@ class Session:
     ) -> Iterator[Edit]:
         """Yield each edit of the grid as it finishes; weights are merged once per strategy.
 
-        config: None takes the editor's defaults.sweep; one StepEvent stream per edit
-        Raises: as edit does, when its turn comes
+        target, on_step, cancel: as in edit; config: None takes the editor's defaults.sweep
+        Raises: as edit does, when an edit's turn comes; those yielded before stay good
         """
         config = config or self.editor.defaults.sweep
         for edit_config in config.edits():
@@ -127,6 +128,7 @@ class Session:
     def save(self, path: str | Path, delta: str = "fp32") -> SavedSession:
         """Write one safetensors file, atomically: the file at `path` is the old one or the whole new one.
 
+        path: its folder must be there
         delta: how the tuned weights are stored, one of DELTA_FORMATS: 'fp32' edits bit-equally when loaded; 'fp16',
             'int8' and 'int4' are smaller and edit almost alike. The embedding stays float32.
         Metadata: format version, fingerprint of the base model, SHA-256 over everything else, caption, config, losses

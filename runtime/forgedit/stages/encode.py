@@ -83,7 +83,7 @@ def tokenize(prompt: str, tokenizer: Any) -> tuple[Tensor, str]:
     """Token ids [1, T], padded and cut to the model's length, and the words that were cut ('' if none)."""
     length = tokenizer.model_max_length
     ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    whole = tokenizer(prompt, truncation=False).input_ids
+    whole = tokenizer(prompt, truncation=False, verbose=False).input_ids  # transformers would print that it is long
     return ids, tokenizer.decode(whole[length - 1 : -1]) if len(whole) > length else ""
 
 
