@@ -38,6 +38,7 @@ def read_weights(kind: Any, folder: Path, **dtype: torch.dtype) -> Any:
     files = [path.name for path in folder.glob("*.safetensors")]
     if not files:
         refuse_pickled_part(folder, kind.__name__)
+    read_json(folder / "config.json")  # the libraries' own errors speak of the hub
     variant = "fp16" if all(".fp16." in name for name in files) else None
     try:
         with _no_bars():
@@ -54,10 +55,15 @@ def read_weights(kind: Any, folder: Path, **dtype: torch.dtype) -> Any:
 
 def read_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer. Raises: ModelError where its files are not all in the folder."""
-    names = {path.name for path in folder.iterdir()}
-    if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):  # else it would be made up, empty
+    if not has_tokenizer(folder):  # transformers would make one up, without words
         raise ModelError(f"no tokenizer in {str(folder)!r}; expected vocab.json and merges.txt, or tokenizer.json")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
 
 
 def read_captioner(folder: Path) -> tuple[Any, Any]:

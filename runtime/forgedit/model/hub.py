@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -36,16 +36,16 @@ def is_hub_id(name: str | Path) -> bool:
     return True
 
 
-def fetch(name: str, marker: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) -> Path:
+def fetch(name: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) -> Path:
     """The local folder with a hub repository's files.
 
-    marker: a file every such repository has at its top; wanted: patterns of the files to download, pickled ones never
+    wanted: patterns of the files to download, pickled ones never
     is_whole: whether a cached folder holds all that is needed; if so the network is not asked
     Raises: ModelError, naming the command that would help, where there is neither a whole copy nor a network
     """
-    cached = try_to_load_from_cache(name, marker)
-    if isinstance(cached, str) and is_whole(Path(cached).parent):
-        return Path(cached).parent
+    cached = _cached(name)
+    if cached is not None and is_whole(cached):
+        return cached
     missing = f"there is no folder {name!r}, nor a whole copy of a hub repository of that name in the local cache"
     command = f"`hf download {name} --local-dir DIR`"
     try:
@@ -64,6 +64,14 @@ def fetch(name: str, marker: str, wanted: tuple[str, ...], is_whole: Callable[[P
             f"{missing}, and the hub cannot be asked ({reason}): where there is a network run {command}, bring DIR "
             "here and give it"
         ) from error
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a repository in the local cache, whatever of it is there."""
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns="no file"))
+    except LocalEntryNotFoundError:
+        return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from forgedit.config import Defaults
 from forgedit.errors import ModelError
 from forgedit.model.folder import (
     checked_prediction_type,
+    has_tokenizer,
     noise_schedule,
     part,
     read_captioner,
@@ -101,23 +102,26 @@ def load_model(
 
 def find_model(name: str | Path) -> Path:
     """The folder or file of a model by its path or hub id. Raises: ModelError."""
-    if Path(name).is_file():
-        return Path(name)
-    return _find(name, "model", "model_index.json", MODEL_FILES, _is_model)
+    path = Path(name)
+    if not path.is_file():
+        return _find(name, "model", MODEL_FILES, _is_model)
+    refuse_pickled_file(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{str(name)!r} is no model; expected a folder, or a file named *.safetensors")
+    return path
 
 
 def find_tokenizer(name: str | Path) -> Path:
     """The folder with CLIP's tokenizer, by path or hub id; it may lie in tokenizer/. Raises: ModelError."""
-    folder = _find(name, "tokenizer", "vocab.json", TOKENIZER_FILES, lambda folder: True)
-    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    return _words(_find(name, "tokenizer", TOKENIZER_FILES, lambda folder: has_tokenizer(_words(folder))))
 
 
 def find_captioner(name: str | Path) -> Path:
     """The folder with BLIP, by its path or hub id. Raises: ModelError."""
-    return _find(name, "captioner", "config.json", CAPTIONER_FILES, _has_weights)
+    return _find(name, "captioner", CAPTIONER_FILES, _has_weights)
 
 
-def _find(name: str | Path, what: str, marker: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) -> Path:
+def _find(name: str | Path, what: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
@@ -125,9 +129,13 @@ def _find(name: str | Path, what: str, marker: str, wanted: tuple[str, ...], is_
     if path.exists():
         raise ModelError(f"the {what} {str(name)!r} is a file; expected a folder, or a hub id owner/name")
     if is_hub_id(name):
-        return fetch(str(name), marker, wanted, is_whole)
+        return fetch(str(name), wanted, is_whole)
     also = "'bundled', " if what == "model" else ""
     raise ModelError(f"no {what} folder {str(name)!r}; expected {also}a folder, or a hub id owner/name")
+
+
+def _words(folder: Path) -> Path:
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
 def _has_weights(folder: Path) -> bool:
@@ -163,8 +171,8 @@ def _read_folder(name: str, folder: Path, tokenizer: str | Path | None, predicti
 
 
 def _read_file(name: str, path: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
-    checkpoint = read_checkpoint(path, prediction_type)
     words = read_tokenizer(find_tokenizer(tokenizer) if tokenizer else _clip_tokenizer(path))
+    checkpoint = read_checkpoint(path, prediction_type)
     words.pad_token = words.eos_token if checkpoint.pads_with_end else words.convert_ids_to_tokens(0)
     alphas_cumprod, _ = noise_schedule(SCHEDULE)
     return Model(

@@ -10,7 +10,7 @@ PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def refuse_pickled_file(path: Path) -> None:
-    """Raises: ModelError if the name of a checkpoint is that of a pickled one."""
+    """Raises: ModelError if a file, there or not, is named as a pickled checkpoint is."""
     if path.suffix.lower() not in PICKLED:
         return
     converted = path.with_suffix(".safetensors")

@@ -26,7 +26,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from forgedit.errors import ModelError
 from forgedit.model.folder import checked_prediction_type
-from forgedit.model.pickled import refuse_pickled_file
 
 UNET, EMA, VAE = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -124,12 +123,9 @@ def read_checkpoint(path: Path, prediction_type: str | None = None) -> Checkpoin
     """Read and convert a file.
 
     prediction_type: 'epsilon' or 'v_prediction'; None takes what the file or its architecture says
-    Raises: ModelError for a pickled or damaged file, one that is not a whole Stable Diffusion 1.x or 2.x, and a 2.x
+    Raises: ModelError for a damaged file, one that is not a whole Stable Diffusion 1.x or 2.x, and a 2.x
         that does not say what it predicts
     """
-    refuse_pickled_file(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ModelError(f"{str(path)!r} is no model; expected a folder, or a file named *.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
