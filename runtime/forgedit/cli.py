@@ -24,6 +24,7 @@ from forgedit.editor import Editor
 from forgedit.errors import ForgeditError, InputError, SessionError
 from forgedit.flags import add_flags
 from forgedit.job import check_job
+from forgedit.model.hub import is_hub_id
 from forgedit.run import run_job
 
 
@@ -56,7 +57,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"forgedit {version('forgedit')}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     everywhere = _Parser(add_help=False)
-    everywhere.add_argument("--model", default="bundled", help="'bundled' or a folder in diffusers' layout")
+    everywhere.add_argument(
+        "--model",
+        default="bundled",
+        help="'bundled'; a Stable Diffusion 1.x or 2.x folder in diffusers' layout; a *.safetensors checkpoint; or a "
+        "Hugging Face hub id owner/name, from the local cache if it is there",
+    )
+    everywhere.add_argument(
+        "--captioner", metavar="DIR", help="folder or hub id of a BLIP captioner; left out: the model's own captioner/"
+    )
+    everywhere.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder or hub id of CLIP's tokenizer; left out: the model's own, for a checkpoint CLIP ViT-L/14's",
+    )
+    everywhere.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="what the model predicts; left out: what it says itself, which a 2.x checkpoint may not",
+    )
     everywhere.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda")
     everywhere.add_argument("--backend", default="auto", help="auto, reference or native")
     everywhere.add_argument(
@@ -96,7 +115,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     job = None if args.command == "info" else check_job(args)
     begin = time.perf_counter()
     try:
-        editor = Editor.from_pretrained(args.model, args.device, args.backend)
+        editor = Editor.from_pretrained(
+            args.model, args.device, args.backend, args.captioner, args.tokenizer, args.prediction_type
+        )
     except ValueError as error:
         raise InputError(str(error)) from error
     load_seconds = time.perf_counter() - begin
@@ -115,9 +136,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _set_machine(args: argparse.Namespace) -> None:
-    """Check the model folder's place and the device, and set the threads. Raises: InputError."""
-    if args.model != "bundled" and not Path(args.model).is_dir():
-        raise InputError(f"no model folder {args.model!r}; expected 'bundled' or a folder in diffusers' layout")
+    """Check the model's place and the device, and set the threads. Raises: InputError."""
+    if args.model != "bundled" and not Path(args.model).exists() and not is_hub_id(args.model):
+        raise InputError(
+            f"no model folder or file {args.model!r}; expected 'bundled', a folder in diffusers' layout, a "
+            "*.safetensors checkpoint, or a hub id owner/name"
+        )
     if args.threads is None and args.model == "bundled":
         args.threads = 1  # small arrays gain little from threads, and a busy machine spins at their barriers
     if args.threads is not None:

@@ -1,5 +1,6 @@
 """Single files in Stable Diffusion's original names: small random models written so, and read back."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from forgedit import EditConfig, Editor, ModelError, TuneConfig
+from forgedit.cli import main
 from forgedit.model import load_model, single_file
 from tests.runtime import ldm
 
@@ -196,3 +198,33 @@ def test_other_files(tmp_path, name):
     (tmp_path / name).write_bytes(b"12345678{}")
     with pytest.raises(ModelError, match=r"is no model; expected a folder, or a file named \*\.safetensors"):
         load_model(tmp_path / name)
+
+
+def test_command_line(small, files, folder, other_folder, photo, tmp_path, capsys):
+    words = ["--model", str(files[2]), "--threads", "1"]
+    parts = ["--tokenizer", str(folder), "--captioner", str(other_folder / "captioner")]
+    assert main(["info", *words, *parts]) == 1
+    assert "give prediction_type: 'v_prediction'" in capsys.readouterr().err
+    parts += ["--prediction-type", "v_prediction"]
+    assert main(["caption", str(photo), *words, *parts]) == 0
+    assert capsys.readouterr().out.strip() == Editor.from_pretrained(other_folder).caption(photo)
+    edit = ["edit", str(photo), "a dog", "--out", str(tmp_path / "out"), "--tune-num-steps", "1", "--num-steps", "1"]
+    assert main([*edit, "--width", "32", "--height", "32", *words, *parts]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["edits"]
+
+
+@pytest.mark.parametrize("model, code, words", [
+    ("none/such/place", 2, "no model folder or file 'none/such/place'; expected 'bundled', a folder"),
+    ("none.safetensors", 2, "no model folder or file 'none.safetensors'"),
+    ("none.ckpt", 2, "no model folder or file 'none.ckpt'"),
+    ("someone/unknown", 1, "`hf download someone/unknown --local-dir DIR`"),
+    ("there.ckpt", 1, "is pickled, which can run code and is refused"),
+])  # fmt: skip
+def test_command_line_without_a_model(tmp_path, monkeypatch, capsys, model, code, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "there.ckpt").touch()
+    assert main(["info", "--model", model]) == code
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
