@@ -116,6 +116,17 @@ def test_download(cache, online, repository, editor, caplog, capfd):
     assert Editor.from_pretrained(NAME).fingerprint == editor.fingerprint  # the hub is gone: from the cache
 
 
+def test_a_hub_with_pickled_weights_alone(cache, online, folder, tmp_path):
+    """As Salesforce/blip-image-captioning-base."""
+    copy = shutil.copytree(folder / "captioner", tmp_path / "blip")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with served(NAME, copy) as (address, asked):
+        online(address)
+        with pytest.raises(ModelError, match="not have every part as safetensors; pickled weights are refused"):
+            find_captioner(NAME)
+    assert not any(path.endswith(".bin") for path in asked)
+
+
 def test_a_name_the_hub_does_not_know(cache, online, repository):
     with served(NAME, repository) as (address, _):
         online(address)

@@ -52,7 +52,7 @@ def fetch(name: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) 
         HfApi().model_info(name, timeout=ANSWER_SECONDS)
         log.warning("downloading %s from the hub", name)
         with _no_bars():
-            return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
+            folder = Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"{missing}, and the hub shows none: check the name; if it is gated, `hf auth login`, then {command} "
@@ -64,6 +64,12 @@ def fetch(name: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) 
             f"{missing}, and the hub cannot be asked ({reason}): where there is a network run {command}, bring DIR "
             "here and give it"
         ) from error
+    if not is_whole(folder):
+        raise ModelError(
+            f"the hub's {name} does not have every part as safetensors; pickled weights are refused, and were not "
+            f"fetched: run {command} and give DIR, then the error says how to convert them"
+        )
+    return folder
 
 
 def _cached(name: str) -> Path | None:
