@@ -5,7 +5,7 @@ VENV ?= .venv
 THREADS ?= 1
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench tables gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/forgedit demo --out out/demo
@@ -18,12 +18,30 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/native/*
 
+# Appends rows to bench/results/, then makes the README's tables and pictures from them. Some five minutes on two free cores.
+STAGES = -m pytest -q -rs bench/stages.py --benchmark-columns=median,rounds --threads $(THREADS)
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m bench.ops
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(STAGES)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.sessions --pairs 5 --threads $(THREADS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.ops --threads $(THREADS)
+	$(MAKE) tables
 
-# On a machine with its own CUDA torch and no network: nothing is installed, PYTHON is that machine's.
+tables: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.tables
+
+# The tests and benches that need a GPU, on a machine with its own CUDA torch and no network: nothing is installed, PYTHON
+# is that machine's. With OUT set, rows and log land there. COMMIT names the commit where the tree is no checkout.
+GPU = PYTHONPATH=runtime:kernels:$$PYTHONPATH $(PYTHON)
+LOGS = $(or $(OUT),out)
+ROWS = $(if $(OUT),$(OUT)/results,bench/results)
+gpu: SHELL = bash
 gpu:
-	PYTHONPATH=runtime:kernels:$$PYTHONPATH $(PYTHON) -m pytest -q -m gpu
+	mkdir -p $(LOGS)
+	set -o pipefail; { \
+	    $(GPU) -m pytest -q -rs -m gpu; tests=$$?; \
+	    $(GPU) $(STAGES) -m gpu --results $(ROWS) $(if $(COMMIT),--commit $(COMMIT)); exit $$((tests | $$?)); \
+	} 2>&1 | tee $(LOGS)/gpu.log
 
 clean:
 	rm -rf $(VENV) build out

@@ -8,10 +8,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,14 +57,19 @@ def time_calls(call: Callable[[], object], device: torch.device, warmup: int = 2
     seconds = []
     for index in range(1 + warmup + calls):
         if index == 1 + warmup:
-            _reset_peak(device)
-        _wait(device)
+            reset_peak(device)
+        wait(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - start)
-    warm = statistics.quantiles(seconds[1 + warmup :], n=10, method="inclusive")
-    return Timing(seconds[0], warm[1], warm[4], warm[7], calls, _peak_bytes(device))
+    return summarize(seconds[0], seconds[1 + warmup :], peak_bytes(device))
+
+
+def summarize(first_s: float, warm: Sequence[float], peak: int | None) -> Timing:
+    """The timing of a cold call and of at least two warm ones, seconds; peak: as peak_bytes gives it."""
+    tenths = statistics.quantiles(warm, n=10, method="inclusive")
+    return Timing(first_s, tenths[1], tenths[4], tenths[7], len(warm), peak)
 
 
 def check(name: str, error: float, allowed: float) -> float:
@@ -73,26 +79,35 @@ def check(name: str, error: float, allowed: float) -> float:
     return error
 
 
-def append(name: str, row: Row, device: torch.device) -> dict[str, object]:
-    """Append the row, with the machine's and the code's identity, to bench/results/<name>.jsonl; returns the line."""
+def append(
+    name: str, row: Row, device: torch.device, results: Path | None = None, commit: str | None = None
+) -> dict[str, object]:
+    """Append the row, with the machine's and the code's identity, to <name>.jsonl; returns the line.
+
+    results: the folder, made if it is not there; None for bench/results; commit: see provenance
+    """
     fields = asdict(row)
-    line = {**fields, **fields.pop("timing"), **provenance(device)}
+    line = {**fields, **fields.pop("timing"), **provenance(device, commit)}
     del line["timing"]
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+    folder = results or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return line
 
 
-def provenance(device: torch.device) -> dict[str, object]:
-    """What every row says of its origin: commit, machine, versions, threads, load, time."""
+def provenance(device: torch.device, commit: str | None = None) -> dict[str, object]:
+    """What every row says of its origin: commit, machine, versions, threads, load, time.
+
+    commit: of a copy of the tree that is no checkout, where git cannot tell; 'dirty' is then not known
+    """
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     on_gpu = device.type == "cuda"
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or commit,
         "dirty": bool(changed) if changed is not None else None,
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "driver": f"CUDA {torch.version.cuda}" if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "threads": torch.get_num_threads(),
@@ -103,7 +118,20 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 def _git(*args: str) -> str | None:
     """Output of git in the checkout, or None outside one."""
-    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+    return _output("git", "-C", str(ROOT), *args)
+
+
+def _driver() -> str:
+    """NVIDIA's driver, where its own tool tells, and the CUDA that torch was built for."""
+    number = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return ", ".join([*(number or "").splitlines()[:1], f"CUDA {torch.version.cuda}"])
+
+
+def _output(program: str, *args: str) -> str | None:
+    """What a program prints, or None where it is absent or fails."""
+    if shutil.which(program) is None:
+        return None
+    done = subprocess.run([program, *args], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -121,19 +149,22 @@ def _processor() -> str:
     return f"{names[0]} x{len(names)}" if names else platform.processor()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all it was given; at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """From here peak_bytes counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (refs := Path("/proc/self/clear_refs")).exists():
         refs.write_text("5")  # Linux: the peak resident set restarts from the present one
 
 
-def _peak_bytes(device: torch.device) -> int | None:
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory held since reset_peak, bytes; see Timing."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -62,13 +62,13 @@ def merge_backends(original: Tensors, tuned: Tensors, out: Tensors) -> dict[str,
     }
 
 
-def merge_error(original: Tensors, tuned: Tensors, merged: Tensors) -> tuple[float, float]:
+def merge_error(original: Tensors, tuned: Tensors, merged: Tensors, keep: float = KEEP) -> tuple[float, float]:
     """The largest error of `merged` against float64, and the one allowed: twice the reference's plus half a unit."""
     error = own = scale = 0.0
     for w_original, w_tuned, w in zip(original, tuned, merged, strict=True):
         truth, reference = torch.empty_like(w, dtype=torch.float64), torch.empty_like(w)
-        merge_weights_reference([w_original.double()], [w_tuned.double()], KEEP, [truth])
-        merge_weights_reference([w_original], [w_tuned], KEEP, [reference])
+        merge_weights_reference([w_original.double()], [w_tuned.double()], keep, [truth])
+        merge_weights_reference([w_original], [w_tuned], keep, [reference])
         error = max(error, float((w.double() - truth).abs().max()))
         own = max(own, float((reference.double() - truth).abs().max()))
         scale = max(scale, float(truth.abs().max()))

@@ -3,7 +3,8 @@
 Held-out scenes of the rendered world, each tuned once and edited with the model folder's own settings; then saved in
 every format, loaded and edited again. A row stands for one scene in one format: bytes of the file, seconds to save it,
 error of the delta, and PSNR of the edit to the fp32 session's. A fp32 session that does not edit bit-equally gets no
-row, nor does what comes after it.
+row, nor does what comes after it. How near an edit is to the picture it should have become is measured too: what
+rounding costs can be seen beside what the method leaves to wish for.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bench.measure import Row, append, check, time_calls
+from bench.measure import RESULTS, Row, append, check, time_calls
 from bench.world.evaluate import held_out_pairs
 from bench.world.render import render
 from bench.world.scene import captions
@@ -30,10 +31,13 @@ class SessionRow(Row):
     """dtype: the format; timing: of save; error: of the delta, relative.
 
     num_bytes: of the file; edit_psnr: of the edit to the fp32 session's edit, decibels, None for equal pictures
+    true_psnr: of the edit to the rendered truth, None where there is none; model: the start of its fingerprint
     """
 
     num_bytes: int
     edit_psnr: float | None
+    true_psnr: float | None
+    model: str
 
 
 def measure(
@@ -43,10 +47,11 @@ def measure(
     tune: TuneConfig | None = None,
     edit: EditConfig | None = None,
     calls: int = 5,
+    truth: Image.Image | None = None,
 ) -> Iterator[SessionRow]:
     """Tune and edit one photo, then a row for each format; the first, fp32, is checked to edit bit-equally.
 
-    tune, edit: None for the editor's defaults; calls: saves that are timed
+    tune, edit: None for the editor's defaults; calls: saves that are timed; truth: what the edit should become
     Raises: RuntimeError if fp32 does not
     """
     session = editor.tune(photo, tune, target=target)
@@ -69,6 +74,8 @@ def measure(
                 error=saved.relative_error,
                 num_bytes=saved.num_bytes,
                 edit_psnr=None if distance == float("inf") else distance,
+                true_psnr=None if truth is None else psnr(again.image, truth),
+                model=editor.fingerprint[:12],
             )
 
 
@@ -77,16 +84,19 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="'bundled' or a folder in diffusers' layout")
     parser.add_argument("--pairs", type=int, default=10, help="held-out scenes, a multiple of the kinds of edit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of sessions.jsonl")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     editor = Editor.from_pretrained(args.model)
     pairs = held_out_pairs(args.pairs, args.seed)
-    photos = to_images(render(pairs.source)[0])
-    for photo, target in zip(photos, captions(pairs.target), strict=True):
-        for row in measure(editor, photo, target):
-            append("sessions", row, torch.device("cpu"))
+    photos, truths = (to_images(render(scenes)[0]) for scenes in (pairs.source, pairs.target))
+    for photo, target, truth in zip(photos, captions(pairs.target), truths, strict=True):
+        for row in measure(editor, photo, target, truth=truth):
+            append("sessions", row, torch.device("cpu"), args.results)
             distance = "equal" if row.edit_psnr is None else f"{row.edit_psnr:.1f} dB"
-            print(f"{row.case:60} {row.dtype:5} {row.num_bytes:11,} bytes {row.error:9.2g} {distance}", flush=True)
+            near = f"{row.true_psnr:.1f} dB to the truth"
+            print(f"{row.case} {row.dtype:5} {row.num_bytes:11,} bytes {row.error:9.2g} {distance}, {near}", flush=True)
 
 
 if __name__ == "__main__":

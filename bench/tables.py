@@ -1,0 +1,110 @@
+"""The README's tables, made from the rows: `python -m bench.tables` rewrites what stands between their markers,
+`<!-- table: NAME -->` and `<!-- end of table -->`, each on a line of its own."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from bench.measure import RESULTS, ROOT
+from bench.rows import Rows, in_words, newest_runs, one_edit, origin, read, seconds_of
+
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+OF_SESSIONS = {
+    "save_session": "save a session, {}",
+    "load_session": "load a session, {}",
+    "edit": "load an fp32 session and edit",
+}
+NOT_MEASURED = "Not measured yet.\n"
+
+
+def stages_table(results: Path) -> str:
+    """Seconds of one edit by stage; a column for each model and machine."""
+    runs = newest_runs(read("stages", results), "model", "device")
+    columns = [_stage_column(run) for run in runs]
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    if not labels:
+        return NOT_MEASURED
+    heads = [f"{run[-1]['model']}, {run[-1]['size']} pixels" for run in runs]
+    lines = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    notes = [f"{head}: {origin(run)}." for head, run in zip(heads, runs, strict=True)]
+    return _table(["stage", *heads], lines) + "\n" + "\n".join(notes) + "\n"
+
+
+def _stage_column(run: Rows) -> dict[str, str]:
+    column = {}
+    for label, row in one_edit(run):
+        steps = "" if row["full_steps"] is None else f", {row['full_steps']} steps"
+        scaled = f" ({row['steps']} timed)" if row["steps"] != row["full_steps"] else ""
+        column[label + steps + scaled] = in_words(seconds_of(row))
+    for op, words in OF_SESSIONS.items():
+        for row in run:
+            if row["op"] == op:
+                column[words.format(row["dtype"])] = in_words(row["p50_s"])
+    return column
+
+
+def sessions_table(results: Path) -> str:
+    """Size of a saved session against PSNR of its edits; the newest run alone."""
+    runs = newest_runs(read("sessions", results))
+    if not runs:
+        return NOT_MEASURED
+    [run] = runs
+    lines = []
+    for delta in dict.fromkeys(row["dtype"] for row in run):
+        rows = [row for row in run if row["dtype"] == delta]
+        close = [row["edit_psnr"] for row in rows if row["edit_psnr"] is not None]
+        true = [row["true_psnr"] for row in rows if row["true_psnr"] is not None]
+        lines.append(
+            [
+                delta,
+                f"{median(row['num_bytes'] for row in rows) / 1e6:.2f} MB",
+                f"{median(row['error'] for row in rows):.2g}",
+                f"{_decibels(close, len(rows))}",
+                f"{median(true):.2f} dB" if true else "",
+            ]
+        )
+    heads = ["delta", "file", "error of the delta", "PSNR to the fp32 edit: median, worst", "PSNR to the true edit"]
+    scenes = len({row["case"] for row in run})
+    return _table(heads, lines) + f"\nMedians over {scenes} scenes. {origin(run)}.\n"
+
+
+def _decibels(values: list[float], scenes: int) -> str:
+    """Median and worst; pictures that are equal have no PSNR and rank above all others."""
+    if not values:
+        return "equal"
+    ranked = sorted(values) + [float("inf")] * (scenes - len(values))
+    middle = median(ranked)
+    return f"{'equal' if middle == float('inf') else f'{middle:.1f} dB'}, {ranked[0]:.1f} dB"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"stages": stages_table, "sessions": sessions_table}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """The text with every marked table made anew. Raises: ValueError for an unknown table."""
+
+    def table(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; expected one of: {', '.join(TABLES)}")
+        return start + TABLES[name](results) + end
+
+    return MARKED.sub(table, text)
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
+    path = parser.parse_args().file
+    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
