@@ -1,6 +1,7 @@
 """The command line: what each command writes and prints, and how it ends."""
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import sys
 from dataclasses import fields
 from functools import partial
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import forgedit.run
 from forgedit import EditConfig, SweepConfig, TuneConfig
 from forgedit.cli import main
 from forgedit.console import Console, table
@@ -103,6 +106,47 @@ def test_settings_that_both_halves_have(run, photo, tmp_path):
     report = json.loads((tmp_path / "work/o/report.json").read_text())
     tune, edit = report["tune"]["settings"], report["edits"][0]["settings"]
     assert (code, tune["seed"], tune["num_steps"], edit["seed"], edit["num_steps"]) == (0, 5, 1, 4, 3)
+
+
+def test_pictures_have_the_photos_own_size(run, photo, model, editor, tmp_path):
+    code, text, _ = run("sweep", photo, "a dog", "--out", "o", "--gammas", "0.9,1.1", "--strategies", "none")
+    out = tmp_path / "work/o"
+    assert code == 0 and "edited at 48 by 16 pixels, and brought back to the photo's 60 by 30" in text
+    sizes = {name: Image.open(out / name).size for name in files(out) if name.endswith(".png")}
+    sheet = sizes.pop("contact_sheet.png")
+    assert len(sizes) == 3 and set(sizes.values()) == {(60, 30)}
+    assert sheet[0] > 3 * 192 * 48 / 16  # readable: the short side of each picture on it has 192 pixels
+    assert np.array_equal(np.asarray(Image.open(out / "original.png")), np.asarray(Image.open(photo)))
+    report = json.loads((out / "report.json").read_text())
+    assert (report["photo_size"], report["edited_size"]) == ([60, 30], [48, 16])
+
+
+def test_transparency_is_put_back(run, session_file, photo, tmp_path):
+    with Image.open(photo) as image:
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(tmp_path / "clear.png")
+    assert run("edit", tmp_path / "clear.png", "a dog", "--out", "o", "--save", "s")[0] == 0
+    assert run("edit", "s", "a dog", "--out", "p")[0] == 0
+    for folder in ("o", "p"):
+        for name in ("original.png", "edit.png"):
+            written = Image.open(tmp_path / "work" / folder / name)
+            assert (written.mode, written.size) == ("RGBA", (60, 30))
+            assert np.array_equal(np.asarray(written)[..., 3], np.asarray(image)[..., 3])
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_what_was_cut_from_long_prompts_is_said(run, photo, tmp_path, json_lines):
+    words = ["edit", photo, "ab " * 37 + "c def", "--caption", "ba " * 37 + "c fed", "--out", "o"]
+    code, out, err = run(*words, *["--json"] * json_lines)
+    lines = err.splitlines()
+    assert code == 0 and [line.replace(" ", "")[-5:] for line in lines] == ["'fed'", "'def'"]
+    assert all(line.startswith("forgedit: the prompt is longer than 77 tokens; cut: ") for line in lines)
+    if json_lines:
+        warned = [event["message"] for event in out if event["event"] == "warning"]
+        assert [f"forgedit: {message}" for message in warned] == lines
+    (entry,) = json.loads((tmp_path / "work/o/report.json").read_text())["edits"]
+    assert entry["cut"].replace(" ", "") == "def"
+    assert [type(handler) for handler in logging.getLogger("forgedit").handlers] == [logging.NullHandler]
 
 
 def test_sweep(run, session_file, tmp_path):
@@ -228,6 +272,27 @@ def test_interrupted_sweep_keeps_what_is_finished(model, session_file, tmp_path)
     pictures = files(tmp_path / "o/sweep")
     assert report["interrupted"] and 1 <= len(pictures) == len(report["edits"]) < 9
     assert f"interrupted; {len(pictures)} of 9 edits finished; kept: {tmp_path / 'o'}" in err
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_beside_the_writing_of_a_picture(run, session_file, tmp_path, monkeypatch, when):
+    """Every picture there is has its entry, and every entry its picture."""
+    write = forgedit.run._save
+
+    def interrupt(image, path):
+        third = path.name.startswith("02-")
+        if not (third and when == "before"):
+            write(image, path)
+        if third:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgedit.run, "_save", interrupt)
+    code, _, err = run("sweep", session_file, "a dog", "--out", "o", "--num-steps", 1)
+    finished = {"before": 2, "after": 3}[when]
+    assert code == 130 and f"interrupted; {finished} of 12 edits finished" in err
+    entries = json.loads((tmp_path / "work/o/report.json").read_text())["edits"]
+    assert [entry["file"] for entry in entries] == [f"sweep/{name}" for name in files(tmp_path / "work/o/sweep")]
+    assert len(entries) == finished
 
 
 def test_interrupted_before_anything(run, photo, tmp_path, monkeypatch):

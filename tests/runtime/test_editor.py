@@ -1,6 +1,7 @@
 """The editor keeps its promises: originals come back, sessions do not mix, progress and cancelling work."""
 
 import copy
+import dataclasses
 import logging
 import threading
 
@@ -58,11 +59,62 @@ def test_cancelling_a_tune(editor, photo, originals, profile):
     assert cancel.seen[-1] == ("tune", 2)
 
 
-def test_cancelling_an_edit(session, originals):
-    cancel = CancelAt("sample", 1)
-    with pytest.raises(Cancelled, match="sample"):
+@pytest.mark.parametrize("at", [("caption", 1), ("encode", 1), ("tune", 1), ("tune", 3)], ids=str)
+def test_nothing_follows_the_step_that_cancels_a_tune(editor, photo, originals, at):
+    cancel = CancelAt(*at)
+    with pytest.raises(Cancelled, match=at[0]):
+        editor.tune(photo, TUNE.replace(caption=None), on_step=cancel, cancel=cancel.event)
+    assert cancel.seen[-1] == at
+
+
+@pytest.mark.parametrize("at", [("blend", 1), ("forget", 1), ("sample", 1), ("sample", 2), ("decode", 1)], ids=str)
+def test_nothing_follows_the_step_that_cancels_an_edit(session, originals, at):
+    cancel = CancelAt(*at)
+    with pytest.raises(Cancelled, match=at[0]):
         session.edit("a dog", EDIT, on_step=cancel, cancel=cancel.event)
-    assert cancel.seen[-1] == ("sample", 1)
+    assert cancel.seen[-1] == at
+
+
+def test_cancelling_a_sweep_keeps_what_it_yielded(session, originals):
+    """In its second edit, after one step."""
+    cancel, seen, edits = threading.Event(), [], []
+    config = SweepConfig(strategies=("none", "encoderattn"), gammas=(1.0, 1.2), num_steps=2)
+
+    def on_step(event):
+        seen.append((event.stage, event.step))
+        if edits and event.stage == "sample":
+            cancel.set()
+
+    with pytest.raises(Cancelled, match="sample"):
+        for edit in session.sweep("a dog", config, on_step=on_step, cancel=cancel):
+            edits.append(edit)
+    assert [edit.config for edit in edits] == config.edits()[:1]
+    assert seen[-4:] == [("decode", 1), ("blend", 1), ("forget", 1), ("sample", 1)]
+
+
+def test_cancelling_between_two_edits_of_a_sweep(session, originals):
+    cancel, seen = threading.Event(), []
+    sweep = session.sweep("a dog", SweepConfig(num_steps=1), on_step=seen.append, cancel=cancel)
+    next(sweep)
+    cancel.set()
+    count = len(seen)
+    with pytest.raises(Cancelled, match="blend"):
+        next(sweep)
+    assert len(seen) == count
+
+
+def test_cancelling_from_another_thread(editor, photo, originals):
+    """Whenever it comes, at most one more step is reported."""
+    cancel, after = threading.Event(), []
+
+    def on_step(event):
+        if cancel.is_set():
+            after.append(event)
+
+    threading.Timer(0.2, cancel.set).start()
+    with pytest.raises(Cancelled):
+        editor.tune(photo, TUNE.replace(num_steps=100_000), on_step=on_step, cancel=cancel)
+    assert len(after) <= 1
 
 
 def test_cancelled_before_it_began(editor, photo, originals):
@@ -108,23 +160,14 @@ def test_sessions_of_one_editor_do_not_mix(editor, photo, session):
             assert torch.equal(s.edit("a dog", EDIT).latents, expected)
 
 
-def test_two_threads_on_one_editor(editor, photo, session):
-    other = editor.tune(photo, TUNE.replace(seed=1))
-    config = SweepConfig(strategies=("none", "noencoder"), gammas=(1.0, 1.2), num_steps=2)
-    alone = [[edit.latents for edit in s.sweep("a dog", config)] for s in (session, other)]
-    results = [[], []]
-
-    def sweep(index, s):
-        torch.set_num_threads(1)
-        results[index] = [edit.latents for edit in s.sweep("a dog", config)]
-
-    threads = [threading.Thread(target=sweep, args=pair) for pair in enumerate((session, other))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for ours, expected in zip(results, alone, strict=True):
-        assert [torch.equal(a, b) for a, b in zip(ours, expected, strict=True)] == [True] * 4
+def test_a_tuned_text_encoder_serves_its_own_session_alone(editor, photo, session):
+    other = editor.tune(photo, TUNE.replace(profile="dreambooth", num_steps=2, batch_size=2, text_encoder_lr=1e-3))
+    expected = session.edit("a wall", EDIT).latents
+    for target in ("a dog", "a wall"):  # the second finds its weights loaded already
+        other.edit(target, EDIT)
+    unprompted = dataclasses.replace(session, prompts={})
+    assert torch.equal(unprompted.edit("a wall", EDIT).latents, expected)
+    assert not torch.equal(other.prompts["a wall"].embedding, unprompted.prompts["a wall"].embedding)
 
 
 def test_two_editors_are_independent(editor, other_folder, photo, session):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+import forgedit.editor
 from forgedit import EditConfig, InputError, TuneConfig
 from forgedit.cli import main
 
@@ -33,3 +34,14 @@ def test_what_was_cut_from_a_long_prompt_is_reported(editor, photo, caplog):
         edits = [session.edit("ab " * 37 + "c def", EDIT) for _ in range(2)]
     assert "longer than 77 tokens" in caplog.text and "def" in caplog.text
     assert [edit.cut.replace(" ", "") for edit in edits] == ["def"] * 2
+
+
+def test_a_target_is_tokenised_once_a_session(editor, photo, monkeypatch):
+    session, read = editor.tune(photo, TUNE), []
+    tokenize = forgedit.editor.tokenize
+    monkeypatch.setattr(
+        forgedit.editor, "tokenize", lambda prompt, *rest: read.append(prompt) or tokenize(prompt, *rest)
+    )
+    for target in ("a dog", "a dog", "a wall"):
+        session.edit(target, EDIT)
+    assert read == ["", "a dog", "a wall"]
