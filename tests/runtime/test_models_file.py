@@ -66,8 +66,9 @@ def changed(path, target, change, metadata=None):
 
 
 @pytest.mark.parametrize("generation", [1, 2])
-def test_weights_are_those_of_the_parts(small, files, parts, folder, generation):
+def test_weights_are_those_of_the_parts(small, files, parts, folder, generation, capfd):
     model = load_model(files[generation], tokenizer=folder, prediction_type="epsilon")
+    assert capfd.readouterr() == ("", "")
     for name, expected in zip(PARTS, parts[generation], strict=True):
         ours, theirs = getattr(model, name).state_dict(), expected.state_dict()
         assert ours.keys() == theirs.keys()
@@ -191,6 +192,11 @@ def test_pickled_file(small, files, folder, parts, tmp_path, suffix, nested):
     exec(re.search(r'python -c "(.*)"', str(refused.value))[1], {})
     model = load_model(tmp_path / "v1.safetensors", tokenizer=folder)
     assert torch.equal(model.unet.conv_in.weight, parts[1][0].conv_in.weight)
+
+
+def test_the_folder_a_file_lies_in(files):
+    with pytest.raises(ModelError, match=r"no unet/; expected .*, or the name of a checkpoint in it, such as 'v1\.saf"):
+        load_model(files[1].parent)
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model", "photo.png"])

@@ -25,7 +25,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 def part(folder: Path, name: str) -> Path:
     """The folder of one part. Raises: ModelError if it is not there."""
     if not (folder / name).is_dir():
-        raise ModelError(f"the model folder has no {name}/; expected diffusers' layout at {str(folder)!r}")
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        hint = f", or the name of a checkpoint in it, such as {files[0]!r}" if files else ""
+        raise ModelError(f"the model folder has no {name}/; expected diffusers' layout at {str(folder)!r}{hint}")
     return folder / name
 
 

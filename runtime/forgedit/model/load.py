@@ -79,6 +79,8 @@ def load_model(
     prediction_type: 'epsilon' or 'v_prediction'; None takes what the model says
     Raises: ModelError if a part is missing, pickled, incomplete or not supported, or the hub is needed and out of reach
     """
+    if prediction_type is not None:
+        checked_prediction_type(prediction_type)
     place = BUNDLED if name == "bundled" else find_model(name)
     read = _read_folder if place.is_dir() else _read_file
     model = read(str(name), place, tokenizer, prediction_type)
@@ -163,7 +165,7 @@ def _read_folder(name: str, folder: Path, tokenizer: str | Path | None, predicti
         captioner=None,
         processor=None,
         alphas_cumprod=alphas_cumprod,
-        prediction_type=checked_prediction_type(prediction_type or declared),
+        prediction_type=prediction_type or declared,
         resolution=resolution,
         vae_scale=scale,
         defaults=defaults,
