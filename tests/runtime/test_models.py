@@ -141,6 +141,19 @@ def test_tokenizer_of_ones_own(copy, folder, tmp_path):
     assert load_model(copy, tokenizer=folder).tokenizer.pad_token == "<|endoftext|>"  # found in its tokenizer/
 
 
+def test_a_tokenizer_of_vocabulary_and_merges_alone(copy, folder, editor, tmp_path):
+    (tmp_path / "words").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / "own_vocabulary" / name, tmp_path / "words")
+    tokenizer = load_model(copy, tokenizer=tmp_path / "words").tokenizer
+    assert tokenizer.model_max_length == 77
+    for prompt in ("a cat, by a wall", ""):
+        ids = [
+            each(prompt, padding="max_length", max_length=77).input_ids for each in (tokenizer, editor.model.tokenizer)
+        ]
+        assert ids[0] == ids[1]
+
+
 def test_no_tokenizer_is_made_up(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no tokenizer in .*; expected vocab\.json and merges\.txt"):

@@ -61,7 +61,7 @@ def fetch(name: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) 
     except (HTTPError, OSError) as error:  # HTTPError: the base of what the hub's client raises without a network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{missing}, and the hub cannot be asked ({reason}): where there is a network run {command}, bring DIR "
+            f"{missing}, and asking the hub failed ({reason}): where there is a network run {command}, bring DIR "
             "here and give it"
         ) from error
     if not is_whole(folder):

@@ -198,8 +198,9 @@ def _clip_tokenizer(path: Path) -> Path:
         return find_tokenizer(CLIP_TOKENIZER)
     except ModelError as error:
         raise ModelError(
-            f"{path.name} is one file, without a tokenizer; give tokenizer: a folder with CLIP's vocab.json and "
-            f"merges.txt, as every Stable Diffusion folder has in tokenizer/. Tried {CLIP_TOKENIZER}: {error}"
+            f"{path.name} is one file, without a tokenizer, and CLIP's is not at hand; give tokenizer: a folder with "
+            "its vocab.json and merges.txt, such as tokenizer/ of any Stable Diffusion folder, or DIR after "
+            f"`hf download {CLIP_TOKENIZER} vocab.json merges.txt --local-dir DIR` where there is a network"
         ) from error
 
 
