@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from forgedit.model.load import BUNDLED
@@ -14,14 +13,6 @@ from forgedit.model.load import BUNDLED
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW = ("--tune-steps", "1", "--num-steps", "1")
 TARGET = json.loads((BUNDLED / "demo.json").read_text())["target"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
