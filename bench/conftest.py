@@ -1,6 +1,6 @@
 """Turns pytest-benchmark's statistics into rows of bench/results/stages.jsonl.
 
-`make bench`, or `python -m pytest bench/stages.py [--threads 1] [--seconds 6] [--results FOLDER] [-m gpu] [-k sample]`.
+`make bench`, or `python -m pytest bench/stages.py [--threads 1] [--seconds 3] [--results FOLDER] [-m gpu] [-k sample]`.
 """
 
 import time
@@ -39,7 +39,7 @@ class StageRow(Row):
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stages", "rows of the stage benches")
     group.addoption("--threads", type=int, default=1, help="torch's threads (default 1), written in every row")
-    group.addoption("--seconds", type=float, default=6, help=f"of timed rounds per bench, {LEAST} to {MOST} of them")
+    group.addoption("--seconds", type=float, default=3, help=f"of timed rounds per bench, {LEAST} to {MOST} of them")
     group.addoption("--results", type=Path, default=RESULTS, help="folder of stages.jsonl (default bench/results)")
     group.addoption("--commit", default=None, help="the rows' commit, on a copy of the tree that is no checkout")
 

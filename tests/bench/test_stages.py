@@ -1,5 +1,6 @@
 """The stage benches: a row only for what is right, with every field; all of them, on a very small model."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import bench.conftest
 import bench.sd14
 import bench.stages
 import bench.subject
-from bench.measure import ROOT
+import forgedit.stages.forget
+from bench.measure import ROOT, check
 from bench.subject import Call, sd14
+from forgedit import Editor
 from forgedit.config import Defaults
 from forgedit.delta import DELTA_FORMATS
 from forgedit_kernels import available_backends
@@ -153,6 +156,59 @@ def test_every_bench_runs_and_writes_its_row(pytester, small_sd14, monkeypatch):
     assert all(torch.equal(weight, before[name]) for name, weight in small_sd14.editor.model.unet.named_parameters())
 
 
+def checked(op, call, error_of, allowed=0.0, *, setup=None, **about):
+    """A stage's check without its timing."""
+    if setup is not None:
+        setup()
+    check(op, error_of(call()), allowed)
+
+
+def rounded(call, **changes):
+    """A stage in bfloat16 by mistake."""
+    made = call.function(**{name: bench.subject._fresh(value) for name, value in (call.arguments | changes).items()})
+    if isinstance(made, torch.Tensor):
+        return made.bfloat16()
+    name = "pixels" if hasattr(made, "pixels") else "latents"
+    return dataclasses.replace(made, **{name: getattr(made, name).bfloat16()})
+
+
+def test_half_precision_is_no_float32(small_sd14, monkeypatch):
+    benches = {bench.stages.test_encode_photo: (), bench.stages.test_encode_prompt: (), bench.stages.test_sample: ()}
+    benches |= {bench.stages.test_decode: (), bench.stages.test_blend: ("vp",)}
+    for test, about in benches.items():
+        test(checked, small_sd14, *about)
+    monkeypatch.setattr(Call, "__call__", rounded)
+    for test, about in benches.items():
+        with pytest.raises(RuntimeError, match="is wrong: error"):
+            test(checked, small_sd14, *about)
+
+
+def test_a_wrong_merge_is_seen(small_sd14, monkeypatch):
+    right = forgedit.stages.forget.merge_weights
+
+    def swapped(keep, **rest):
+        return right(keep=1 - keep, **rest)
+
+    monkeypatch.setattr(forgedit.stages.forget, "merge_weights", swapped)
+    for strategy, keep in bench.stages.FORGETTING[1:]:
+        with pytest.raises(RuntimeError, match="forget is wrong: error nan"):
+            bench.stages.test_forget(checked, small_sd14, strategy, keep, "reference")
+
+
+def test_a_session_that_comes_back_changed_is_seen(small_sd14, monkeypatch, tmp_path):
+    right = Editor.load_session
+
+    def changed(editor, path):
+        session = right(editor, path)
+        next(iter(session.tuned.values())).view(-1)[0].mul_(1.5)
+        return session
+
+    monkeypatch.setattr(Editor, "load_session", changed)
+    for test, about in (("save_session", ("fp32",)), ("load_session", ("fp32",)), ("edit_a_saved_session", ())):
+        with pytest.raises(RuntimeError, match="is wrong: error"):
+            getattr(bench.stages, f"test_{test}")(checked, small_sd14, *about, tmp_path)
+
+
 def test_sd14_has_its_exact_size():
     model = bench.sd14.sd14_model("meta")
     parts = dict(unet=859_520_964, vae=83_653_863, text_encoder=123_060_480)
@@ -163,6 +219,6 @@ def test_sd14_has_its_exact_size():
 
 def test_the_tests_do_not_collect_the_benches(pytestconfig):
     assert pytestconfig.getini("testpaths") == ["tests"]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--noconftest", "-q", "bench"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
