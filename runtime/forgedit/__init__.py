@@ -4,7 +4,15 @@ import logging
 
 from forgedit.config import STRATEGIES, Defaults, EditConfig, SweepConfig, TuneConfig
 from forgedit.editor import Editor
-from forgedit.errors import Cancelled, ForgeditError, InputError, ModelError, SessionError, TuneDiverged
+from forgedit.errors import (
+    Cancelled,
+    EditDiverged,
+    ForgeditError,
+    InputError,
+    ModelError,
+    SessionError,
+    TuneDiverged,
+)
 from forgedit.progress import StepEvent
 from forgedit.session import Edit, SavedSession, Session
 
@@ -14,6 +22,7 @@ __all__ = [
     "Defaults",
     "Edit",
     "EditConfig",
+    "EditDiverged",
     "Editor",
     "ForgeditError",
     "InputError",

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
-from forgedit.errors import ModelError
+from forgedit.errors import EditDiverged, ModelError, TuneDiverged
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
 from forgedit.session import Edit, Session, read_session
@@ -171,6 +171,8 @@ class Editor:
                     on_step=report,
                 )
                 tuned = self._weights.take(names)
+                if not all(weight.isfinite().all() for weight in (learned.embedding, *tuned.values())):
+                    raise TuneDiverged("the last step left values that are not finite; lower unet_lr or loss_scale")
         return Session(
             editor=self,
             source=encoded.image,
@@ -197,8 +199,8 @@ class Editor:
 
         target: what the edited photo should show; config: None takes defaults.edit; on_step, cancel: as in tune
         Raises: InputError for a target that is empty or has control characters; ValueError for a strategy that matches
-            no tuned weight, or another editor's session; Cancelled; RuntimeError from inside on_step. An edit that
-            fails leaves the original weights.
+            no tuned weight, or another editor's session; EditDiverged; Cancelled; RuntimeError from inside on_step. An
+            edit that fails leaves the original weights.
         Source: Forgedit, arXiv 2309.10556, sections 3.3 and 3.4
         """
         config = config or self.defaults.edit
@@ -226,6 +228,8 @@ class Editor:
                     generator=torch.Generator().manual_seed(config.seed),
                     on_step=report,
                 )
+            if not sampled.latents.isfinite().all():
+                raise EditDiverged("the latents are not finite; lower gamma, the weights of 'vp', or guidance_scale")
             with progress.stage("decode"):
                 image = decode_latents(sampled.latents, model.vae).image
         return Edit(

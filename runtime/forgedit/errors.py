@@ -12,7 +12,7 @@ class InputError(ForgeditError, ValueError):
 
 
 class ModelError(ForgeditError, RuntimeError):
-    """A model folder that is missing, incomplete, pickled or of another shape; point to another folder."""
+    """A model that is missing, incomplete, pickled or of another kind; point to another, or do what the error says."""
 
 
 class SessionError(ForgeditError, ValueError):
@@ -20,8 +20,12 @@ class SessionError(ForgeditError, ValueError):
 
 
 class TuneDiverged(ForgeditError, RuntimeError):
-    """The loss stopped being finite; lower the learning rate. The weights are back at the originals."""
+    """The loss, or what was learned, stopped being finite; lower the rates. The weights are the originals again."""
+
+
+class EditDiverged(ForgeditError, RuntimeError):
+    """The latents stopped being finite; lower the strength or the guidance. The weights are the originals again."""
 
 
 class Cancelled(ForgeditError):
-    """The caller's cancel event was set; the weights are back at the originals."""
+    """The caller's cancel event was set; the weights are the originals again."""

@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 
 import forgedit.editor
-from forgedit import Cancelled, EditConfig, Editor, InputError, StepEvent, SweepConfig, TuneConfig, TuneDiverged
+from forgedit import (
+    Cancelled,
+    EditConfig,
+    EditDiverged,
+    Editor,
+    InputError,
+    StepEvent,
+    SweepConfig,
+    TuneConfig,
+    TuneDiverged,
+)
 from forgedit.stages.encode import encode_image, resize_photo
 from forgedit.stages.tune import tune
 
@@ -136,6 +146,19 @@ def test_interrupted_by_its_callback(editor, photo, originals):
 def test_a_loss_that_is_not_finite(editor, photo, originals):
     with pytest.raises(TuneDiverged, match="lower unet_lr"):
         editor.tune(photo, TUNE.replace(unet_lr=1e30))
+
+
+def test_a_last_step_that_leaves_no_finite_weights(editor, photo, originals):
+    """The loss is looked at before each step, so it cannot tell of the last one."""
+    with pytest.raises(TuneDiverged, match="not finite; lower"):
+        editor.tune(photo, TUNE.replace(loss_scale=3e38, num_steps=1))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("strength", [{"gamma": 1e38}, {"guidance_scale": 1e38}], ids=str)
+def test_latents_that_are_not_finite(session, originals, strength):
+    with pytest.raises(EditDiverged, match=f"lower .*{next(iter(strength))}"):
+        session.edit("a dog", dataclasses.replace(EDIT, **strength))
 
 
 def test_a_strategy_that_matches_nothing(session, originals):
