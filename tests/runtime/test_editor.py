@@ -148,10 +148,19 @@ def test_a_loss_that_is_not_finite(editor, photo, originals):
         editor.tune(photo, TUNE.replace(unet_lr=1e30))
 
 
-def test_a_last_step_that_leaves_no_finite_weights(editor, photo, originals):
+@pytest.mark.parametrize("part", ["a weight", "the embedding"])
+def test_a_last_step_that_leaves_values_not_finite(editor, photo, originals, monkeypatch, part):
     """The loss is looked at before each step, so it cannot tell of the last one."""
+
+    def overflow(**arguments):
+        learned = tune(**arguments)
+        poisoned = arguments["unet"].get_parameter(learned.tuned_names[-1]) if part == "a weight" else learned.embedding
+        poisoned.data.view(-1)[-1] = float("inf")
+        return learned
+
+    monkeypatch.setattr(forgedit.editor, "tune", overflow)
     with pytest.raises(TuneDiverged, match="not finite; lower"):
-        editor.tune(photo, TUNE.replace(loss_scale=3e38, num_steps=1))
+        editor.tune(photo, TUNE)
 
 
 @pytest.mark.filterwarnings("error")
