@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.ops import merge_error
+from bench.ops import allowed_merge_error, merge_error
 from bench.subject import distance, in_double
 from forgedit.config import parse_strategy
 from forgedit.delta import DELTA_FORMATS
@@ -102,13 +102,14 @@ def test_forget(stage, subject, strategy, keep, backend):
     reset = list(filter(parse_strategy(strategy), tuned))
 
     def error(made):
-        """What is kept must be there bit for bit, and what is merged as near as merge_error allows; absolute."""
+        """What is kept must be there bit for bit, and what is merged as near as allowed_merge_error says; absolute."""
         if list(made.reset) != reset or not all(torch.equal(working[n], tuned[n]) for n in tuned.keys() - set(reset)):
             return float("nan")
         if not reset:
             return 0.0
-        found, allowed = merge_error(*([weights[n] for n in reset] for weights in (original, tuned, working)), keep)
-        return found if found <= allowed else float("nan")
+        merged = [[weights[name] for name in reset] for weights in (original, tuned, working)]
+        found = merge_error(*merged, keep)
+        return found if found <= allowed_merge_error(*merged[:2], keep) else float("nan")
 
     def forget():
         return call(working=working, backend=backend)

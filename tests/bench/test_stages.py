@@ -195,6 +195,17 @@ def test_a_wrong_merge_is_seen(small_sd14, monkeypatch):
             bench.stages.test_forget(checked, small_sd14, strategy, keep, "reference")
 
 
+def test_a_merge_that_leaves_a_tensor_out_is_seen(small_sd14, monkeypatch):
+    right = forgedit.stages.forget.merge_weights
+
+    def lazy(original, tuned, out, **rest):
+        return right(original=original[1:], tuned=tuned[1:], out=out[1:], **rest)
+
+    monkeypatch.setattr(forgedit.stages.forget, "merge_weights", lazy)
+    with pytest.raises(RuntimeError, match="forget is wrong: error nan"):
+        bench.stages.test_forget(checked, small_sd14, "encoderkv", 0.3, "reference")
+
+
 def test_a_session_that_comes_back_changed_is_seen(small_sd14, monkeypatch, tmp_path):
     right = Editor.load_session
 
