@@ -70,7 +70,9 @@ def model_from_pipe(pipe: Any, captioner: Any = None, processor: Any = None) -> 
 
 def _check_kind(module: Any, kind: Any, name: str) -> None:
     if type(module) is not kind:
-        raise ModelError(f"the {name} is a {type(module).__name__}; expected a {kind.__name__}, not compiled, not wrapped")
+        raise ModelError(
+            f"the {name} is a {type(module).__name__}; expected a {kind.__name__}, not compiled, not wrapped"
+        )
 
 
 def _share(module: Any, kind: Any, name: str, device: torch.device) -> Any:
