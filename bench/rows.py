@@ -9,17 +9,17 @@ from bench.measure import RESULTS
 
 Rows = list[dict[str, Any]]
 
-# One edit from photo to picture, and what is done with a session: (op, case begins with, label). Where a stage ran with
-# several backends, the editor's own choice counts, which is the first that available_backends names.
+# One edit from photo to picture: (op, case, label), a case of None being any. Where a stage ran with several backends,
+# the editor's own choice counts, which is the first that available_backends names.
 ONE_EDIT = [
-    ("caption", "", "caption"),
+    ("caption", None, "caption"),
     ("encode", "photo", "encode the photo"),
     ("encode", "prompt", "encode a prompt"),
-    ("tune", "", "tune"),
+    ("tune", None, "tune"),
     ("blend", "vs", "blend"),
     ("forget", "encoderattn, keep 0", "forget"),
-    ("sample", "", "sample"),
-    ("decode", "", "decode"),
+    ("sample", None, "sample"),
+    ("decode", None, "decode"),
 ]
 BACKENDS = ("native", "torch", "reference")
 
@@ -50,8 +50,7 @@ def one_edit(run: Rows) -> list[tuple[str, dict[str, Any]]]:
     """Labels and rows of the stages of one edit, in order; a stage that was not measured is left out."""
     found = []
     for op, case, label in ONE_EDIT:
-        rows = [row for row in run if row["op"] == op and (row["case"] == case if op == "forget" else True)]
-        rows = [row for row in rows if row["case"].startswith(case)]
+        rows = [row for row in run if row["op"] == op and case in (None, row["case"])]
         if rows:
             found.append((label, min(rows, key=lambda row: BACKENDS.index(row["backend"]))))
     return found

@@ -5,6 +5,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'bench'")
 
+from bench.measure import ROOT
 from bench.plot import PLOTS, save
 
 
@@ -22,6 +23,13 @@ def test_every_picture_is_made(results, tmp_path):
 def test_the_same_rows_give_the_same_file(results, tmp_path):
     once, again = (save(tmp_path / name, results) for name in ("once", "again"))
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
+
+
+def test_the_readme_shows_every_picture():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in PLOTS:
+        assert f"](docs/{name}.png)" in text
+        assert (ROOT / "docs" / f"{name}.png").stat().st_size < 100_000
 
 
 def test_no_rows_are_no_picture(tmp_path):
