@@ -71,7 +71,11 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
     if edits:
         assert session is not None
         more = dict(command=args.command, photo=str(job.path), interrupted=interrupted, seconds={"load": load_seconds})
-        kept.append(_finish(job, args.command, session, edits, more, console))
+        try:
+            kept.append(_finish(job, args.command, session, edits, more, console))
+        except KeyboardInterrupt:
+            interrupted = True
+            kept.append(f"{job.out}, perhaps without its report")
     if interrupted:
         console.error(
             f"interrupted; {len(edits)} of {len(configs)} edits finished; kept: {', '.join(kept) or 'nothing'}"

@@ -295,6 +295,16 @@ def test_interrupted_beside_the_writing_of_a_picture(run, session_file, tmp_path
     assert len(entries) == finished
 
 
+def test_interrupted_while_it_reports(run, session_file, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgedit.run, "write_report", interrupt)
+    code, _, err = run("edit", session_file, "a dog", "--out", "o", "--num-steps", 1)
+    assert code == 130 and "1 of 1 edits finished; kept: o, perhaps without its report" in err
+    assert files(tmp_path / "work/o") == ["edit.png", "original.png"]
+
+
 def test_interrupted_before_anything(run, photo, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
