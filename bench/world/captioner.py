@@ -18,7 +18,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from bench.world import pool
-from bench.world.judge import augment
+from bench.world.judge import POSED, augment
 from bench.world.loop import Loss, Plan
 from bench.world.scene import (
     BACKGROUNDS,
@@ -37,6 +37,7 @@ MAX_TOKENS = 24
 SIZE = 64
 WIDTH = 112
 SHAPE_WEIGHT = 6.0  # of the words for object and pose in the loss: shapes are what a small ViT learns last
+POSED_ODDS = 2.5  # how much more often a scene whose object has a pose is drawn
 
 
 def vocabulary() -> dict[str, int]:
@@ -64,7 +65,8 @@ def build_captioner() -> BlipForConditionalGeneration:
 
 def word_weights() -> Tensor:
     """Weight of each word of the vocabulary in the loss, float32 [V]; padding has none."""
-    shapes = {word for phrase in (*OBJECTS, *(pose for poses in POSES.values() for pose in poses)) for word in phrase.split()}
+    poses = [pose for choices in POSES.values() for pose in choices]
+    shapes = {word for phrase in (*OBJECTS, *poses) for word in phrase.split()}
     return torch.tensor([SHAPE_WEIGHT if word in shapes else float(i != 0) for word, i in vocabulary().items()])
 
 
@@ -82,7 +84,8 @@ def _loss(
     n: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    index = torch.randint(len(data), (n,), generator=generator)
+    odds = torch.where(POSED[data.scenes.object], POSED_ODDS, 1.0)
+    index = torch.multinomial(odds, n, replacement=True, generator=generator)
     pixels = normalised(augment(data.batch(index)[0], generator)).to(device)
     words = tokens[index].to(device)
     labels = words.masked_fill(words == 0, -100)

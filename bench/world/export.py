@@ -20,7 +20,7 @@ BUNDLED = Path(__file__).parents[2] / "runtime" / "forgedit" / "model" / "bundle
 
 
 def restore(out: Path, folder: Path) -> None:
-    """The way back: make vae_final.pt, diffusion_init.pt and captioner_init.pt in the training folder from a model folder.
+    """The way back: vae_final.pt, diffusion_init.pt and captioner_init.pt in the training folder, from a model folder.
 
     Training then goes on from published weights: `train latents`, `train diffusion --init …/diffusion_init.pt`.
     """

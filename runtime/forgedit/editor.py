@@ -253,11 +253,12 @@ class Editor:
         return read_session(self, Path(path))
 
     def info(self) -> dict[str, Any]:
-        """Model, device, backend, parameter counts, resolution in pixels, versions."""
+        """Model, resolution in pixels, prediction type, device, backend, parameter counts, versions."""
         packages = ("torch", "diffusers", "transformers", "safetensors", "pillow")
         return {
             "model": self.model.name,
             "resolution": self.model.resolution,
+            "prediction_type": self.model.prediction_type,
             "device": str(self.model.alphas_cumprod.device),
             "backend": self.backend,
             "unet_parameters": sum(weight.numel() for weight in self.model.unet.parameters()),
@@ -269,10 +270,11 @@ class Editor:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the original UNet, text encoder and VAE; computed once, at the first save or load."""
+        """SHA-256 of the original UNet, text encoder and VAE, noise schedule and prediction type; computed once."""
         if self._fingerprint is None:
-            vae = {f"vae.{name}": weight for name, weight in self.model.vae.state_dict().items()}
-            self._fingerprint = base_fingerprint(self._weights.original | vae)
+            others = {f"vae.{name}": weight for name, weight in self.model.vae.state_dict().items()}
+            others["alphas_cumprod"] = self.model.alphas_cumprod
+            self._fingerprint = base_fingerprint(self._weights.original | others, self.model.prediction_type)
         return self._fingerprint
 
     def originals(self) -> dict[str, Tensor]:

@@ -76,9 +76,9 @@ def read_session_file(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], 
     return tensors, json.loads(metadata["record"])
 
 
-def base_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, of a model's weights: names, shapes, dtypes and bytes."""
-    return _digest(weights, "")
+def base_fingerprint(weights: Mapping[str, Tensor], prediction_type: str) -> str:
+    """SHA-256, in hex, of what is tuned: names, shapes, dtypes and bytes of tensors, and what the UNet predicts."""
+    return _digest(weights, prediction_type)
 
 
 def payload_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

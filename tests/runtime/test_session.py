@@ -228,6 +228,15 @@ def test_a_session_is_not_passed_to_another_base(other_folder, saved):
         other.load_session(saved)
 
 
+@pytest.mark.parametrize(
+    "change", [{"prediction_type": "v_prediction"}, {"alphas_cumprod": torch.linspace(0.9, 0.1, 1000)}]
+)
+def test_the_same_weights_read_otherwise_are_another_base(editor, saved, change):
+    other = Editor(dataclasses.replace(editor.model, **change))
+    with pytest.raises(SessionError, match=other.fingerprint):
+        other.load_session(saved)
+
+
 def test_another_base_is_refused_and_both_are_named(editor, other_folder, saved):
     other = Editor.from_pretrained(other_folder)
     with pytest.raises(SessionError) as error:
