@@ -28,7 +28,7 @@ from bench.world.scene import KINDS, Edits, captions, sample_edits
 from bench.world.score import to_images, to_pixels
 from forgedit import EditConfig, Editor, Session, TuneConfig
 
-STRATEGIES = ("none", "encoderkv", "encoderattn", "decoderattn")
+STRATEGIES = ("none", "encoderattn", "decoderattn")
 LADDERS = {
     "gamma": (0.4, 0.7, 1.0, 1.3),
     "edit_weight": (0.7, 1.0, 1.3, 1.6),

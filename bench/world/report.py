@@ -108,7 +108,7 @@ def _comparisons(scores: Mapping[str, Scores]) -> list[Line]:
     if {"default", "text-to-image"} <= scores.keys():
         gain = scores["default"].psnr_outside - scores["text-to-image"].psnr_outside
         lines.append(Line("default above text-to-image", "PSNR outside", mean(gain), at_least=6))
-    for name in ("encoderkv", "encoderattn"):
+    for name in ("encoderattn",):
         if {"none", name, "decoderattn"} <= scores.keys():
             encoder, none, decoder = scores[name], scores["none"], scores["decoderattn"]
             gain = mean(encoder.success.float() - none.success.float())
