@@ -1,5 +1,5 @@
-"""The README's tables, made from the rows: `python -m bench.tables` rewrites what stands between their markers,
-`<!-- table: NAME -->` and `<!-- end of table -->`, each on a line of its own."""
+"""The tables of the README and of the bundled model's card, made from the rows: `python -m bench.tables` rewrites what
+stands between their markers, `<!-- table: NAME -->` and `<!-- end of table -->`, each on a line of its own."""
 
 import argparse
 import re
@@ -79,7 +79,26 @@ def _decibels(values: list[float], scenes: int) -> str:
     return f"{'equal' if middle == float('inf') else f'{middle:.1f} dB'}, {ranked[0]:.1f} dB"
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"stages": stages_table, "sessions": sessions_table}
+def world_table(results: Path) -> str:
+    """What was measured of the newest bundled model where a bar is set; of equal measures the newest row."""
+    rows = read("world", results)
+    newest = {(row["case"], row["part"]): row for row in rows if row["model"] == rows[-1]["model"]}
+    lines = []
+    for (case, part), row in newest.items():
+        if row["met"] is None:
+            continue
+        bar = f"at least {row['at_least']:g}" if row["at_most"] is None else f"at most {row['at_most']:g}"
+        interval = f"{row['low']:.3g} to {row['high']:.3g}"
+        verdict = "met" if row["met"] else "**missed**"
+        lines.append([f"{case}: {part}", f"{row['value']:.3g}", interval, str(row["n"]), bar, verdict])
+    if not lines:
+        return NOT_MEASURED
+    heads = ["measure", "seen", "95 % interval", "n", "bar", ""]
+    return _table(heads, lines) + f"\n{rows[-1]['device']}, model {rows[-1]['model']}, {rows[-1]['time'][:10]}.\n"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"stages": stages_table, "sessions": sessions_table, "world": world_table}
+FILES = {ROOT / "README.md": ("stages", "sessions"), ROOT / "runtime/forgedit/model/bundled/README.md": ("world",)}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
@@ -101,9 +120,9 @@ def _table(heads: list[str], lines: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
-    path = parser.parse_args().file
-    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+    parser.add_argument("files", type=Path, nargs="*", default=FILES)
+    for path in parser.parse_args().files:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

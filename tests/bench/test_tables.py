@@ -1,11 +1,13 @@
 """The README's tables: made from rows, and from the committed ones."""
 
+import json
+
 import pytest
 import torch
 
 from bench.measure import ROOT, append
 from bench.rows import in_words, newest_runs, read
-from bench.tables import TABLES, fill
+from bench.tables import FILES, TABLES, fill
 
 CPU = torch.device("cpu")
 
@@ -18,10 +20,33 @@ def lines(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def test_the_readme_shows_the_committed_rows():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"<!-- table: {name} -->" in text for name in TABLES)
-    assert fill(text) == text, "bench/results/ and README.md differ; run `make tables`"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_committed_rows_are_shown(path):
+    text = path.read_text(encoding="utf-8")
+    assert all(f"<!-- table: {name} -->" in text for name in FILES[path])
+    assert fill(text) == text, f"bench/results/ and {path} differ; run `make tables`"
+
+
+def test_every_table_is_shown_somewhere():
+    assert sorted(TABLES) == sorted(name for names in FILES.values() for name in names)
+
+
+def test_world(tmp_path):
+    row = {"op": "world", "part": "dB", "low": 1.0, "high": 3.0, "n": 9, "at_least": None, "at_most": 2.5, "met": True}
+    row |= {"device": "a machine", "time": "2026-11-23T00:00:00"}
+    rows = [
+        row | {"case": "gap", "value": 9.0, "model": "old"},
+        row | {"case": "gap", "value": 8.0, "model": "new"},
+        row | {"case": "no bar", "value": 1.0, "model": "new", "at_most": None, "met": None},
+        row | {"case": "low", "value": 0.25, "model": "new", "at_most": None, "at_least": 0.5, "met": False},
+        row | {"case": "gap", "value": 2.0, "model": "new", "n": 200},
+    ]
+    (tmp_path / "world.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert lines(fill(marked("world"), tmp_path))[2:] == [
+        ["gap: dB", "2", "1 to 3", "200", "at most 2.5", "met"],
+        ["low: dB", "0.25", "1 to 3", "9", "at least 0.5", "**missed**"],
+    ]
+    assert "Not measured yet." in fill(marked("world"), tmp_path / "nowhere")
 
 
 def test_stages(results):
