@@ -1,4 +1,5 @@
-"""What every test run sets: one thread, so that results repeat and a shared machine does not spin; no downloads."""
+"""What every test run sets: one thread, so that results repeat and a shared machine does not spin; no downloads; without
+a GPU, Triton's interpreter, which must be asked for before any kernel is imported."""
 
 import os
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

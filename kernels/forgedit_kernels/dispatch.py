@@ -1,17 +1,28 @@
 """Which backend runs an op.
 
 `reference` is plain torch and runs anywhere; `native` is the C++ module, for CPU tensors, absent where the package was
-installed without a compiler. `auto` may choose; a named backend that cannot run raises.
+installed without a compiler; `triton` is for CUDA tensors (and, for tests, CPU tensors under its interpreter); attention
+has `sdpa` and `xformers` too. `auto` takes what the measured table says for the shape, or else the first that can run in
+the op's own order of preference; a named backend that cannot run raises.
 """
+
+from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
 
-BACKENDS = ("auto", "reference", "native")
+from forgedit_kernels.jit import interpreted, triton_installed
+
+BACKENDS = ("auto", "reference", "native", "triton", "sdpa", "xformers")
+HALF = (torch.bfloat16, torch.float16)
+
+# Why a backend cannot run, or None if it can; asked only when the answer matters.
+Obstacle = Callable[[], str | None]
 
 
 @functools.cache
@@ -22,33 +33,59 @@ def native_module() -> ModuleType | None:
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """Backends that can run on `device`, the fastest first; for reports and for the choice made with an editor."""
-    if torch.device(device).type == "cpu" and native_module() is not None:
+    """Backends that an editor on `device` may be told to take for all its ops, the fastest first."""
+    kind = torch.device(device).type
+    if kind == "cpu" and native_module() is not None:
         return ("native", "reference")
+    if kind == "cuda" and triton_installed():
+        return ("triton", "reference")
     return ("reference",)
 
 
-def choose_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, native_dtypes: tuple[torch.dtype, ...]
-) -> str:
-    """The backend that runs an op on tensors of `device` and `dtype`.
+def choose(op: str, backend: str, obstacles: Mapping[str, Obstacle], preferred: str | None = None) -> str:
+    """The backend that runs `op`.
 
-    native_dtypes: what the op's native path computes
-    Raises: ValueError for an unknown name; RuntimeError if the named backend cannot run
+    obstacles: the op's backends beside `reference`, the preferred first, each with what hinders it
+    preferred: what a measured table names for this shape; passed over if it cannot run
+    Raises: ValueError for a backend the op does not have; RuntimeError if the named one cannot run
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; expected one of: {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    obstacle = None
+    if backend == "auto":
+        if preferred == "reference":
+            return preferred
+        # the interpreter is for tests that name triton: it takes seconds where torch takes microseconds
+        order = [
+            name for name in (preferred, *obstacles) if name in obstacles and not (name == "triton" and interpreted())
+        ]
+        return next((name for name in order if obstacles[name]() is None), "reference")
+    if backend not in obstacles:
+        raise ValueError(
+            f"unknown backend {backend!r} for {op}; expected one of: auto, reference, {', '.join(obstacles)}"
+        )
+    obstacle = obstacles[backend]()
+    if obstacle is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {obstacle}; or use 'auto' or 'reference'")
+    return backend
+
+
+def native_obstacle(device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What hinders the native backend. dtypes: what the op's native path computes."""
     if device.type != "cpu":
-        obstacle = f"got tensors on {device}, it takes the CPU's"
-    elif dtype not in native_dtypes:
-        obstacle = f"got {dtype}, it takes {', '.join(str(d) for d in native_dtypes)}"
-    elif native_module() is None:
-        obstacle = "this installation has no native module; install again with a C++ compiler at hand"
-    if obstacle is None:
-        return "native"
-    if backend == "native":
-        raise RuntimeError(f"backend 'native' cannot run: {obstacle}; or use 'auto' or 'reference'")
-    return "reference"
+        return f"got tensors on {device}, it takes the CPU's"
+    if dtype not in dtypes:
+        return f"got {dtype}, it takes {', '.join(str(d) for d in dtypes)}"
+    if native_module() is None:
+        return "this installation has no native module; install again with a C++ compiler at hand"
+    return None
+
+
+def triton_obstacle(device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What hinders the triton backend. dtypes: what the op's kernels compute."""
+    if not triton_installed():
+        return "triton is not installed; pip install 'forgedit[gpu]'"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"got tensors on {device}, it takes a CUDA device's"
+    if dtype not in dtypes:
+        return f"got {dtype}, it takes {', '.join(str(d) for d in dtypes)}"
+    return None

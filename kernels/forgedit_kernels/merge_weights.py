@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from forgedit_kernels.dispatch import choose_backend, native_module
+from forgedit_kernels.dispatch import choose, native_module, native_obstacle
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,7 +86,8 @@ def merge_weights(
         )
     device = tuned[0].device if tuned else torch.device("cpu")
     dtype = tuned[0].dtype if tuned else torch.float32
-    chosen = choose_backend(backend, device, dtype, _NATIVE_DTYPES)
+    obstacles = {"native": lambda: native_obstacle(device, dtype, _NATIVE_DTYPES)}
+    chosen = choose("merge_weights", backend, obstacles)
     if not tuned:
         return out
     if not dtype.is_floating_point:

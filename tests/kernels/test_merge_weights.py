@@ -195,7 +195,7 @@ def test_writes_parameters_without_gradients() -> None:
 def test_float64_takes_the_reference() -> None:
     original, tuned = _pair([(5,)], torch.float64)
     assert merge_weights(original, tuned, 0.5)[0].dtype == torch.float64
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run"):
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run merge_weights"):
         merge_weights(original, tuned, 0.5, backend="native")
 
 
@@ -237,7 +237,7 @@ def test_wrong_tensors(original: Tensors, tuned: Tensors, out: Tensors | None, m
 
 
 def test_wrong_names_and_counts() -> None:
-    with pytest.raises(ValueError, match="unknown backend 'fast'; expected one of: auto, reference, native"):
+    with pytest.raises(ValueError, match="unknown backend 'fast' for merge_weights; expected one of: auto, reference, native"):
         merge_weights([torch.ones(2)], [torch.ones(2)], 0.5, backend="fast")
     with pytest.raises(ValueError, match="num_threads must be at least 1"):
         merge_weights([torch.ones(2)], [torch.ones(2)], 0.5, num_threads=0)
