@@ -1,5 +1,5 @@
-"""What every test run sets: one thread, so that results repeat and a shared machine does not spin; no downloads; without
-a GPU, Triton's interpreter, which must be asked for before any kernel is imported."""
+"""What every test run sets: one thread, so that results repeat and a shared machine does not spin; no downloads; and
+without a GPU Triton's interpreter, which must be asked for before any kernel is imported."""
 
 import os
 

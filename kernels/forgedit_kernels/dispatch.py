@@ -1,8 +1,8 @@
 """Which backend runs an op.
 
 `reference` is plain torch and runs anywhere; `native` is the C++ module, for CPU tensors, absent where the package was
-installed without a compiler; `triton` is for CUDA tensors (and, for tests, CPU tensors under its interpreter); attention
-has `sdpa` and `xformers` too. `auto` takes what the measured table says for the shape, or else the first that can run in
+installed without a compiler; `triton` is for CUDA tensors, and in tests for CPU tensors under its interpreter; attention
+has `sdpa` and `xformers` too. `auto` takes what a measured table says for the shape, or else the first that can run in
 the op's own order of preference; a named backend that cannot run raises.
 """
 
@@ -55,10 +55,8 @@ def choose(op: str, backend: str, obstacles: Mapping[str, Obstacle], preferred: 
         if preferred == "reference":
             return preferred
         # the interpreter is for tests that name triton: it takes seconds where torch takes microseconds
-        order = [
-            name for name in (preferred, *obstacles) if name in obstacles and not (name == "triton" and interpreted())
-        ]
-        return next((name for name in order if obstacles[name]() is None), "reference")
+        ready = [name for name in obstacles if obstacles[name]() is None and not (name == "triton" and interpreted())]
+        return preferred if preferred in ready else next(iter(ready), "reference")
     if backend not in obstacles:
         raise ValueError(
             f"unknown backend {backend!r} for {op}; expected one of: auto, reference, {', '.join(obstacles)}"

@@ -1,7 +1,8 @@
 """Triton, where it is installed, for the kernel files: `from forgedit_kernels.jit import jit, tl`.
 
-Without it the kernels are defined all the same, as plain functions that nothing launches, so that one file holds an op's
-reference beside its kernels and the package imports anywhere. The kernel files need `from __future__ import annotations`.
+Without it the kernels are defined all the same, as plain functions that nothing launches, so that one file holds an
+op's reference beside its kernels, and the package imports anywhere. The kernel files need
+`from __future__ import annotations`.
 """
 
 from __future__ import annotations
