@@ -16,6 +16,7 @@ What an engine keeps may differ from what it is merged from: convolution weights
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -214,11 +215,10 @@ class MergePlan:
         source = self.tuned[0] if self.tuned else torch.empty(0)
         target = self.out[0] if self.out else source
         self._num_threads = num_threads
-        # the native module's share; under `auto` the others are the reference's
-        self._plain = [target.dtype == source.dtype and w.is_contiguous() for w in self.out]
+        plain = [target.dtype == source.dtype and w.is_contiguous() for w in self.out]
 
         def native() -> str | None:
-            if backend == "native" and not all(self._plain):
+            if backend == "native" and not all(plain):
                 return "some of out differ from their inputs in dtype or layout"
             return native_obstacle(source.device, source.dtype, _DTYPES)
 
@@ -230,7 +230,11 @@ class MergePlan:
 
         measured = preferred("merge_weights", source.device, shape_key(source.dtype, target.dtype))
         self.backend = choose("merge_weights", backend, {"triton": triton, "native": native}, measured)
-        self._work = _work(self.original, self.tuned, self.out) if self.backend == "triton" and self.out else None
+        sides = (self.original, self.tuned, self.out)
+        self._work = _work(*sides) if self.backend == "triton" and self.out else None
+        native_ones = plain if self.backend == "native" else [False] * len(plain)
+        self._native = [list(itertools.compress(side, native_ones)) for side in sides]
+        self._others = [list(itertools.compress(side, map(operator.not_, native_ones))) for side in sides]
 
     def run(self, keep: float) -> None:
         """Merge into `out`. Raises: ValueError for a keep outside [0, 1]"""
@@ -239,13 +243,11 @@ class MergePlan:
         if self._work is not None:
             _merge_weights_triton(self._work, keep, self.tuned[0].dtype, self.out)
             return
-        tensors = (self.original, self.tuned, self.out)
-        if self.backend == "native":
-            original, tuned, out = (list(itertools.compress(side, self._plain)) for side in tensors)
-            if out:
-                _merge_weights_native(original, tuned, keep, out, self._num_threads or torch.get_num_threads())
-            tensors = tuple(list(itertools.compress(side, [not plain for plain in self._plain])) for side in tensors)
-        merge_weights_reference(tensors[0], tensors[1], keep, tensors[2])
+        original, tuned, out = self._others
+        merge_weights_reference(original, tuned, keep, out)
+        original, tuned, out = self._native
+        if out:
+            _merge_weights_native(original, tuned, keep, out, self._num_threads or torch.get_num_threads())
 
 
 def _check(original: list[Tensor], tuned: list[Tensor], out: list[Tensor]) -> None:
