@@ -2,13 +2,12 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <string>
 #include <vector>
 
-namespace forgedit {
+#include "instruction_sets.h"
 
-enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+namespace forgedit {
 
 // One tensor: `count` contiguous elements. `out` may be `original` or `tuned` itself, and must not overlap them
 // otherwise.
@@ -18,9 +17,6 @@ struct MergeTensor {
   void* out;
   size_t count;
 };
-
-// The instruction sets compiled in that this processor runs, from the plainest to the widest.
-std::vector<std::string> instruction_sets();
 
 // Computes in float32 and rounds once, to nearest even. At keep 0 and 1 copies bits.
 // Every element is computed alone, so neither `threads` nor `instruction_set` changes a bit of the result.

@@ -1,11 +1,16 @@
 // The Python face of the native ops. Tensors come as addresses: forgedit_kernels validates them and keeps them alive,
 // and a DLPack capsule for each of a UNet's thousand tensors would cost more than a small merge itself.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <stdexcept>
 
+#include "attention.h"
+#include "geglu.h"
+#include "group_norm_silu.h"
 #include "merge_weights.h"
 
 namespace nb = nanobind;
@@ -19,6 +24,20 @@ forgedit::Dtype parse_dtype(const std::string& name) {
   throw std::invalid_argument("unknown dtype '" + name + "'; expected one of: float32, bfloat16, float16");
 }
 
+// Of the ops that compute in float32 what oneDNN too computes on the CPU: no float16.
+forgedit::Dtype parse_wide_dtype(const std::string& name) {
+  const forgedit::Dtype dtype = parse_dtype(name);
+  if (dtype == forgedit::Dtype::kFloat16) {
+    throw std::invalid_argument("dtype float16 has no native kernel here; expected one of: float32, bfloat16");
+  }
+  return dtype;
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 void merge_weights(const std::vector<uintptr_t>& original, const std::vector<uintptr_t>& tuned,
                    const std::vector<uintptr_t>& out, const std::vector<size_t>& counts, const std::string& dtype,
                    double keep, int threads, const std::string& instruction_set) {
@@ -28,12 +47,65 @@ void merge_weights(const std::vector<uintptr_t>& original, const std::vector<uin
   std::vector<forgedit::MergeTensor> tensors;
   tensors.reserve(original.size());
   for (size_t i = 0; i < original.size(); ++i) {
-    tensors.push_back({reinterpret_cast<const void*>(original[i]), reinterpret_cast<const void*>(tuned[i]),
-                       reinterpret_cast<void*>(out[i]), counts[i]});
+    tensors.push_back(
+        {pointer<const void>(original[i]), pointer<const void>(tuned[i]), pointer<void>(out[i]), counts[i]});
   }
   const forgedit::Dtype parsed = parse_dtype(dtype);
   nb::gil_scoped_release release;
   forgedit::merge_weights(tensors, parsed, keep, threads, instruction_set);
+}
+
+void geglu(uintptr_t product, uintptr_t out, size_t rows, size_t features, const std::string& dtype, int threads,
+           const std::string& instruction_set) {
+  const forgedit::Dtype parsed = parse_wide_dtype(dtype);
+  nb::gil_scoped_release release;
+  forgedit::geglu(pointer<const void>(product), pointer<void>(out), rows, features, parsed, threads, instruction_set);
+}
+
+void group_norm_silu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t shift, uintptr_t out, size_t batch,
+                     size_t pixels, size_t channels, size_t groups, size_t shift_stride, float eps, bool silu,
+                     const std::string& dtype, int threads, const std::string& instruction_set) {
+  const forgedit::Dtype parsed = parse_wide_dtype(dtype);
+  if (groups == 0 || channels % groups) {
+    throw std::invalid_argument("groups must divide the channels, got " + std::to_string(groups) + " and " +
+                                std::to_string(channels));
+  }
+  const forgedit::GroupNorm op{pointer<const void>(x),
+                               pointer<const void>(weight),
+                               pointer<const void>(bias),
+                               pointer<const void>(shift),
+                               pointer<void>(out),
+                               batch,
+                               pixels,
+                               channels,
+                               groups,
+                               shift_stride,
+                               eps,
+                               silu};
+  nb::gil_scoped_release release;
+  forgedit::group_norm_silu(op, parsed, threads, instruction_set);
+}
+
+using Strides = std::array<size_t, 3>;
+
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, const Strides& q_strides, const Strides& k_strides,
+               const Strides& v_strides, size_t batch, size_t heads, size_t queries, size_t keys, size_t dim,
+               float scale, int threads, const std::string& instruction_set) {
+  const auto tokens = [](uintptr_t first, const Strides& strides) {
+    return forgedit::Heads{pointer<const float>(first), strides[0], strides[1], strides[2]};
+  };
+  const forgedit::Attention op{tokens(q, q_strides),
+                               tokens(k, k_strides),
+                               tokens(v, v_strides),
+                               pointer<float>(out),
+                               batch,
+                               heads,
+                               queries,
+                               keys,
+                               dim,
+                               scale};
+  nb::gil_scoped_release release;
+  forgedit::attention(op, threads, instruction_set);
 }
 
 }  // namespace
@@ -44,4 +116,17 @@ NB_MODULE(_native, m) {
   m.def("merge_weights", &merge_weights, nb::arg("original"), nb::arg("tuned"), nb::arg("out"), nb::arg("counts"),
         nb::kw_only(), nb::arg("dtype"), nb::arg("keep"), nb::arg("threads"), nb::arg("instruction_set"),
         "Merge tensors given by address and element count.");
+  m.def("geglu", &geglu, nb::arg("product"), nb::arg("out"), nb::kw_only(), nb::arg("rows"), nb::arg("features"),
+        nb::arg("dtype"), nb::arg("threads"), nb::arg("instruction_set"),
+        "out [rows, features] = value * gelu(gate) of product [rows, 2 * features]; float32 or bfloat16.");
+  m.def("group_norm_silu", &group_norm_silu, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("shift"),
+        nb::arg("out"), nb::kw_only(), nb::arg("batch"), nb::arg("pixels"), nb::arg("channels"), nb::arg("groups"),
+        nb::arg("shift_stride"), nb::arg("eps"), nb::arg("silu"), nb::arg("dtype"), nb::arg("threads"),
+        nb::arg("instruction_set"),
+        "GroupNorm of x + shift over x [batch, pixels, channels], then SiLU; float32 or bfloat16; shift 0 for none.");
+  m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::kw_only(),
+        nb::arg("q_strides"), nb::arg("k_strides"), nb::arg("v_strides"), nb::arg("batch"), nb::arg("heads"),
+        nb::arg("queries"), nb::arg("keys"), nb::arg("dim"), nb::arg("scale"), nb::arg("threads"),
+        nb::arg("instruction_set"),
+        "Attention of float32 tokens; strides in elements along the batch, the tokens and the heads.");
 }
