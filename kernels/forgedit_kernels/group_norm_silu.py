@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from forgedit_kernels.dispatch import choose, triton_obstacle
 from forgedit_kernels.jit import Variant, jit, tl
+from forgedit_kernels.table import preferred
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # with Triton's names
 _WHOLE_GROUP = 32768  # elements of a padded group that one program holds: 64 a thread, of float32
@@ -283,6 +284,12 @@ def _triton_obstacle(x: Tensor, groups: int, inputs: list[Tensor]) -> str | None
     return triton_obstacle(x.device, x.dtype, tuple(_DTYPES))
 
 
+def shape_key(x: Tensor, groups: int) -> str:
+    """The shape class in the measured tables. The batch is no part of it, nor of a picture's values."""
+    layout = "channels_last" if _layout(x) == torch.channels_last else "contiguous"
+    return f"{x.shape[2] * x.shape[3]}x{x.shape[1]} in {groups} {layout} {str(x.dtype).removeprefix('torch.')}"
+
+
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -316,7 +323,7 @@ def group_norm_silu(
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
     obstacles = {"triton": lambda: _triton_obstacle(x, groups, [x, *inputs.values()])}
-    chosen = choose("group_norm_silu", backend, obstacles)
+    chosen = choose("group_norm_silu", backend, obstacles, preferred("group_norm_silu", x.device, shape_key(x, groups)))
     if not x.numel():
         return torch.empty_like(x)
     if chosen == "triton":

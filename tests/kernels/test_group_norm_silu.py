@@ -201,6 +201,15 @@ def test_auto_takes_the_reference_on_the_cpu_and_keeps_the_layout(layout: str) -
     assert torch.equal(got, group_norm_silu_reference(**inputs, groups=3))
 
 
+def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {("group_norm_silu", "cpu", "35x12 in 3 channels_last float32"): "triton"}
+    asked: list[object] = []
+    monkeypatch.setattr(module, "preferred", lambda op, device, key: measured[op, device.type, key])
+    monkeypatch.setattr(module, "choose", lambda *args: asked.append(args[3]) or "reference")
+    group_norm_silu(**_inputs((2, 12, 5, 7), torch.float32), groups=3)
+    assert asked == ["triton"]
+
+
 def test_the_reference_gives_gradients_and_the_kernel_refuses() -> None:
     inputs = _inputs((1, 6, 3, 3), torch.float32, layout="channels-last")  # torch's own backward dies here on the CPU
     inputs["weight"].requires_grad_()
