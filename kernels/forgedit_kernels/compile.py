@@ -110,7 +110,10 @@ def find_variants(modules: Sequence[str] = ()) -> list[Variant]:
     """The variants() of the named modules; none named: of all modules of this package that have some."""
     names = modules or [f"forgedit_kernels.{found.name}" for found in pkgutil.iter_modules(forgedit_kernels.__path__)]
     found = [importlib.import_module(name) for name in names if name not in (__name__, "forgedit_kernels.compile")]
-    return [variant for module in found if hasattr(module, "variants") for variant in module.variants()]
+    own = [
+        module for module in found if getattr(getattr(module, "variants", None), "__module__", "") == module.__name__
+    ]
+    return [variant for module in own for variant in module.variants()]
 
 
 def compile_all(variants: Sequence[Variant], archs: Sequence[int], jobs: int = 1) -> list[Build]:

@@ -88,7 +88,7 @@ def _flaw(entry: object) -> str | None:
 
 
 def _damaged(path: Path, flaw: str) -> str:
-    return f"the measured table {str(path)!r} is damaged: {flaw}; delete it, or write it again with 'forgedit autotune'"
+    return f"the measured table {str(path)!r} is damaged: {flaw}; delete it; 'forgedit autotune' writes a new one"
 
 
 @functools.cache
