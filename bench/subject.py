@@ -1,4 +1,7 @@
-"""What the stage benches measure: an editor with one learned photo, and each stage with the editor's own arguments."""
+"""What the stage benches measure: an editor with one learned photo, and each stage with the editor's own arguments.
+
+The stages are the reference path's; what the engine makes of them is measured by bench/edit.py.
+"""
 
 import copy
 import inspect
@@ -16,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import forgedit.editor
+import forgedit.engine.reference
 from bench.sd14 import RESOLUTION, sd14_model
 from forgedit import Editor, Session, TuneConfig
 
@@ -79,8 +83,9 @@ class Subject:
 
     def call(self, stage: str, run: Callable[[], object]) -> Call:
         """The first call of a stage function that the editor would make while `run` runs, which ends there."""
-        function = getattr(forgedit.editor, stage)
-        with mock.patch.object(forgedit.editor, stage, side_effect=_Reached) as spy, suppress(_Reached):
+        user = next(module for module in (forgedit.editor, forgedit.engine.reference) if hasattr(module, stage))
+        function = getattr(user, stage)
+        with mock.patch.object(user, stage, side_effect=_Reached) as spy, suppress(_Reached):
             run()
         return Call(function, inspect.signature(function).bind(*spy.call_args.args, **spy.call_args.kwargs).arguments)
 
@@ -90,13 +95,14 @@ class Subject:
 
 def bundled(device: str) -> Subject:
     """The bundled model, and the photo that comes with it."""
-    return Subject("bundled", Editor.from_pretrained("bundled", device=device), Image.open(PHOTO).convert("RGB"))
+    editor = Editor.from_pretrained("bundled", device=device, numerics="reference")
+    return Subject("bundled", editor, Image.open(PHOTO).convert("RGB"))
 
 
 def sd14(device: str) -> Subject:
     """Stable Diffusion 1.4's size; the photo is the bundled one, enlarged."""
     photo = Image.open(PHOTO).convert("RGB").resize((RESOLUTION, RESOLUTION))
-    return Subject("sd14", Editor(sd14_model(device)), photo)
+    return Subject("sd14", Editor(sd14_model(device), numerics="reference"), photo)
 
 
 def distance(made: Tensor, truth: Tensor) -> float:

@@ -1,9 +1,9 @@
 """Which backend runs an op.
 
 `reference` is plain torch and runs anywhere; `native` is the C++ module, for CPU tensors, absent where the package was
-installed without a compiler; `triton` is for CUDA tensors, and in tests for CPU tensors under its interpreter; attention
-has `sdpa` and `xformers` too. `auto` takes what a measured table says for the shape, or else the first that can run in
-the op's own order of preference; a named backend that cannot run raises.
+installed without a compiler; `triton` is for CUDA tensors, and in tests for CPU tensors under its interpreter;
+attention has `sdpa` and `xformers` too. `auto` takes what a measured table says for the shape, or else the first that
+can run in the op's own order of preference; a named backend that cannot run raises.
 """
 
 from __future__ import annotations
@@ -20,6 +20,18 @@ from forgedit_kernels.jit import interpreted, triton_installed
 
 BACKENDS = ("auto", "reference", "native", "triton", "sdpa", "xformers")
 HALF = (torch.bfloat16, torch.float16)
+
+# The backends each op has beside `reference`.
+OPS = {
+    "attention": ("triton", "sdpa", "xformers"),
+    "blend_embeddings": ("triton",),
+    "group_norm_silu": ("triton", "native"),
+    "guided_step": ("triton",),
+    "linear_residual": ("triton",),
+    "merge_weights": ("triton", "native"),
+    "norm_geglu": ("triton", "native"),
+    "norm_linear": ("triton",),
+}
 
 # Why a backend cannot run, or None if it can; asked only when the answer matters.
 Obstacle = Callable[[], str | None]
@@ -40,6 +52,11 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     if kind == "cuda" and triton_installed():
         return ("triton", "reference")
     return ("reference",)
+
+
+def backend_for(op: str, backend: str) -> str:
+    """What one op is told when an editor was told `backend`: that, or 'auto' where the op does not have it."""
+    return backend if backend in ("reference", *OPS[op]) else "auto"
 
 
 def choose(op: str, backend: str, obstacles: Mapping[str, Obstacle], preferred: str | None = None) -> str:

@@ -34,6 +34,9 @@ PROFILES["paper"] = PROFILES["official"] | dict(loss_scale=1.0)
 PROFILES["dreambooth"] = dict(num_steps=100, batch_size=4, unet_lr=5e-6, embedding_lr=0.0)
 PROFILES["dreambooth"] |= dict(text_encoder_lr=5e-6, loss_threshold=0.0, loss_scale=65536.0)
 
+# Ways from noise to a picture. 'ddim' is the method's; the others need fewer steps, and are not the reference.
+SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
+
 BY_PROFILE: Any = None  # a field left at this value takes its profile's preset
 
 _TOKEN = re.compile(r"""\s*(?:([()])|'([^']+)'|"([^"]+)"|([\w.+-]+))""")
@@ -196,7 +199,8 @@ class EditConfig:
     keep: share of the tuned weight kept where the strategy matches, 0 to 1
     blend: 'vs' reads gamma; 'vp' reads identity_weight (the photo's) and edit_weight (the target's)
     gamma: 0 is the source embedding, 1 the target's, more goes beyond it
-    num_steps: DDIM steps, at most the model's training steps
+    num_steps: denoising steps, at most the model's training steps
+    scheduler: one of SCHEDULERS; 20 steps of the others come about as near as 50 of 'ddim'
     guidance_scale: 1 for no guidance
     seed: of the initial noise
     Raises: ValueError naming the field
@@ -212,9 +216,11 @@ class EditConfig:
     num_steps: int = 50
     guidance_scale: float = 7.5
     seed: int = 0
+    scheduler: str = "ddim"
 
     def __post_init__(self) -> None:
         parse_strategy(self.strategy)
+        _choice("scheduler", self.scheduler, SCHEDULERS)
         _choice("blend", self.blend, ("vs", "vp"))
         _number("keep", self.keep, 0.0, 1.0)
         for field in ("gamma", "identity_weight", "edit_weight", "guidance_scale"):
@@ -227,7 +233,7 @@ class EditConfig:
 class SweepConfig:
     """A grid of edits: strategies, then strengths (gammas, or identity_weights by edit_weights), then seeds.
 
-    blend: decides which strengths are read; keep, num_steps, guidance_scale: of every edit, as in EditConfig
+    blend: decides which strengths are read; keep, num_steps, guidance_scale, scheduler: of every edit, as in EditConfig
     Raises: ValueError naming the field
     """
 
@@ -240,6 +246,7 @@ class SweepConfig:
     keep: float = 0.0
     num_steps: int = 50
     guidance_scale: float = 7.5
+    scheduler: str = "ddim"
 
     def __post_init__(self) -> None:
         for field in ("strategies", "gammas", "identity_weights", "edit_weights", "seeds"):
@@ -254,7 +261,7 @@ class SweepConfig:
         if self.blend == "vp":
             pairs = itertools.product(self.identity_weights, self.edit_weights)
             strengths = [dict(identity_weight=identity, edit_weight=edit) for identity, edit in pairs]
-        fixed = {field: getattr(self, field) for field in ("blend", "keep", "num_steps", "guidance_scale")}
+        fixed = {field: getattr(self, field) for field in ("blend", "keep", "num_steps", "guidance_scale", "scheduler")}
         return [
             EditConfig(strategy=strategy, seed=seed, **fixed, **strength)
             for strategy, strength, seed in itertools.product(self.strategies, strengths, self.seeds)

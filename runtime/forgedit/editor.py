@@ -6,9 +6,10 @@ import logging
 import platform
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
+from forgedit.engine.numerics import check_numerics, true_float32
+from forgedit.engine.reference import Reference
+from forgedit.engine.resident import Resident
 from forgedit.errors import EditDiverged, ModelError, TuneDiverged
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
 from forgedit.session import Edit, Session, read_session
 from forgedit.session_file import base_fingerprint
-from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.caption import caption_photo
-from forgedit.stages.decode import decode_latents
 from forgedit.stages.encode import (
     Prompt,
     check_prompt,
@@ -34,9 +36,7 @@ from forgedit.stages.encode import (
     resize_photo,
     tokenize,
 )
-from forgedit.stages.forget import forget_weights
 from forgedit.stages.photo import Photo, composite_photo, open_photo
-from forgedit.stages.sample import sample_ddim
 from forgedit.stages.tune import trainable_names, tune
 from forgedit.weights import Weights
 from forgedit_kernels import available_backends
@@ -52,21 +52,29 @@ class Editor:
     Safe from several threads: a call waits for its turn. No state is shared between editors, or left in torch's.
 
     model: the parts, this editor's own modules; between calls the working weights are the originals or one session's
-    backend: of forgedit_kernels, for the merge
+    backend: of forgedit_kernels; an op that does not have the one named chooses for itself
+    numerics: what edits compute in. 'exact': our engine in float32; 'fast', 'fast-float16': the same in bfloat16 or
+        float16; 'reference': the method's plain path, slower. Tuning is always the reference's, in float32
+    memory_bytes: what edits may hold on the device, everything loaded included; decides how many are made together.
+        None takes what there is, on a CPU a fixed number of edits
     defaults: the settings the model recommends, taken where a call names none
-    Raises: ValueError for a backend that cannot run here
+    Raises: ValueError for a backend that cannot run here, or unknown numerics
     """
 
-    def __init__(self, model: Model, backend: str = "auto") -> None:
+    def __init__(
+        self, model: Model, backend: str = "auto", numerics: str = "exact", memory_bytes: int | None = None
+    ) -> None:
+        check_numerics(numerics)
         available = available_backends(model.alphas_cumprod.device)
         if backend not in ("auto", *available):
             raise ValueError(f"backend {backend!r} cannot run here; expected one of: auto, {', '.join(available)}")
         self.model = model
         self.defaults = model.defaults
         self.backend = available[0] if backend == "auto" else backend
+        self.numerics = numerics
+        self._told, self._memory_bytes = backend, memory_bytes
         self._weights = Weights(model.unet, model.text_encoder)
-        # session, strategy and keep now in the working UNet
-        self._loaded: tuple[weakref.ref[Session], str, float] | None = None
+        self._path: Reference | Resident | None = None  # made by the first edit
         self._fingerprint: str | None = None
         self._lock = threading.Lock()
         self._serving: int | None = None  # the thread whose turn it is
@@ -80,21 +88,33 @@ class Editor:
         captioner: str | Path | None = None,
         tokenizer: str | Path | None = None,
         prediction_type: str | None = None,
+        numerics: str = "exact",
+        memory_bytes: int | None = None,
     ) -> Editor:
         """Load a Stable Diffusion 1.x or 2.x, safetensors only, in float32.
 
         name: 'bundled'; a folder in diffusers' layout; a hub id 'owner/name', from the local cache if it is there; or a
             *.safetensors file in Stable Diffusion's original names, which needs a tokenizer
-        device: a torch device string; backend: 'auto', 'reference' or 'native'
+        device: a torch device string; backend: 'auto', or one of forgedit_kernels.available_backends
         captioner: folder or hub id of a BLIP (BlipForConditionalGeneration); None takes the model folder's captioner/
         tokenizer: folder or hub id of CLIP's tokenizer; None takes the model's own, see load_model
         prediction_type: 'epsilon' or 'v_prediction'; None takes what the model says
-        Raises: ModelError for any of them, saying what would help; ValueError for the backend
+        numerics: 'exact', 'fast', 'fast-float16' or 'reference'; memory_bytes: see Editor for both
+        Raises: ModelError for any of them, saying what would help; ValueError for the backend or the numerics
         """
-        return cls(load_model(name, device, captioner, tokenizer, prediction_type), backend)
+        check_numerics(numerics)
+        return cls(load_model(name, device, captioner, tokenizer, prediction_type), backend, numerics, memory_bytes)
 
     @classmethod
-    def from_pipe(cls, pipe: Any, captioner: Any = None, processor: Any = None, backend: str = "auto") -> Editor:
+    def from_pipe(
+        cls,
+        pipe: Any,
+        captioner: Any = None,
+        processor: Any = None,
+        backend: str = "auto",
+        numerics: str = "exact",
+        memory_bytes: int | None = None,
+    ) -> Editor:
         """An editor over a loaded diffusers StableDiffusionPipeline, on its device, weights shared.
 
         The pipe stays as it is, and can be used meanwhile: the editor has its own modules, and of the weights only what
@@ -103,11 +123,11 @@ class Editor:
 
         captioner, processor: a loaded BlipForConditionalGeneration and its BlipProcessor, shared likewise; without
             them each tune needs TuneConfig.caption
-        backend: 'auto', 'reference' or 'native'
+        backend, numerics, memory_bytes: as from_pretrained takes them
         Raises: ModelError for another kind of pipe, or one offloaded, quantised, compiled or with a LoRA; ValueError
-            for the backend, or a captioner without a processor
+            for the backend, the numerics, or a captioner without a processor
         """
-        return cls(model_from_pipe(pipe, captioner, processor), backend)
+        return cls(model_from_pipe(pipe, captioner, processor), backend, numerics, memory_bytes)
 
     def caption(self, photo: Photo, target: str = "") -> str:
         """The captioner's words for a photo; prefixed 'A photo of ' if the target contains that (METHOD item 2).
@@ -203,45 +223,82 @@ class Editor:
             edit that fails leaves the original weights.
         Source: Forgedit, arXiv 2309.10556, sections 3.3 and 3.4
         """
-        config = config or self.defaults.edit
+        (edit,) = self.edits(session, target, [config or self.defaults.edit], on_step, cancel)
+        return edit
+
+    def edits(
+        self,
+        session: Session,
+        target: str,
+        configs: Sequence[EditConfig],
+        on_step: OnStep = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Edit]:
+        """Yield one edit a config, in order, as they finish; Session.sweep calls this.
+
+        session, target: as in edit
+        configs: neighbours that differ in strength and seed alone are made together. Each such batch is one turn of
+            the editor and one run of the stages; its seconds are shared out evenly among its edits
+        on_step, cancel, Raises: as in edit, when the turn comes; what was finished before is yielded first
+        """
         check_target(target)
         if session.editor is not self:
             raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
-        progress, model = Progress(on_step, cancel), self.model
+        for _, group in groupby(configs, _alike):
+            waiting = list(group)
+            while waiting:
+                try:
+                    made = self._edit_together(session, target, waiting, Progress(on_step, cancel))
+                except torch.OutOfMemoryError as error:
+                    if self._path is None or not self._path.shrink():
+                        size = "{} by {}".format(*session.source.size)
+                        raise RuntimeError(
+                            f"one edit of {size} pixels does not fit into the device's memory; take a smaller picture, "
+                            "numerics='fast', or a device with more"
+                        ) from error
+                    log.warning("the device ran out of memory; going on with half as many edits at once")
+                    continue
+                waiting = waiting[len(made) :]
+                yield from made
+
+    def _edit_together(
+        self, session: Session, target: str, configs: Sequence[EditConfig], progress: Progress
+    ) -> list[Edit]:
+        """One batch: as many of the configs as go together, from the first on, and up to one that diverges."""
+        model, (width, height) = self.model, session.source.size
+        shape = model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale
         with self._turn(progress):
+            path = self._editing_path()
+            configs = configs[: path.max_edits(shape)]
             with progress.stage("blend"):
                 unconditional, prompt = self._embed(session, ""), self._embed(session, target)
-                blended = blend_embeddings(session.embedding, prompt.embedding, config)
+                embeddings = path.blend(session.embedding, prompt.embedding, configs)
             with progress.stage("forget"):
-                self._load(session, config)
+                tuned = {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
+                path.load(weakref.ref(session), tuned, configs[0].strategy, configs[0].keep)
             with progress.stage("sample") as report:
-                width, height = session.source.size
-                sampled = sample_ddim(
-                    unet=model.unet,
-                    embedding=blended,
-                    unconditional=unconditional.embedding,
-                    alphas_cumprod=model.alphas_cumprod,
-                    prediction_type=model.prediction_type,
-                    shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
-                    num_steps=config.num_steps,
-                    guidance_scale=config.guidance_scale,
-                    generator=torch.Generator().manual_seed(config.seed),
-                    on_step=report,
-                )
-            if not sampled.latents.isfinite().all():
+                latents = path.sample(embeddings, unconditional.embedding, shape, configs, report)
+            finite = latents.isfinite().flatten(1).all(dim=1).tolist()
+            if not finite[0]:
                 raise EditDiverged("the latents are not finite; lower gamma, the weights of 'vp', or guidance_scale")
+            good = [*finite, False].index(False)
+            configs, latents = configs[:good], latents[:good]
             with progress.stage("decode"):
-                image = decode_latents(sampled.latents, model.vae).image
-        return Edit(
-            image=image,
-            latents=sampled.latents.cpu(),
-            config=config,
-            target=target,
-            seconds=progress.seconds,
-            photo_size=session.photo_size,
-            opacity=session.opacity,
-            cut=prompt.cut,
-        )
+                images = path.decode(latents)
+        seconds = {stage: spent / len(configs) for stage, spent in progress.seconds.items()}
+        return [
+            Edit(
+                image=image,
+                latents=one[None],
+                config=config,
+                target=target,
+                seconds=dict(seconds),
+                photo_size=session.photo_size,
+                opacity=session.opacity,
+                cut=prompt.cut,
+            )
+            for image, one, config in zip(images, latents.cpu(), configs, strict=True)
+        ]
 
     def load_session(self, path: str | Path) -> Session:
         """Read a session saved by Session.save. Everything is checked first; no weight of the editor is touched.
@@ -261,6 +318,7 @@ class Editor:
             "prediction_type": self.model.prediction_type,
             "device": str(self.model.alphas_cumprod.device),
             "backend": self.backend,
+            "numerics": self.numerics,
             "unet_parameters": sum(weight.numel() for weight in self.model.unet.parameters()),
             "text_encoder_parameters": sum(weight.numel() for weight in self.model.text_encoder.parameters()),
             "vae_parameters": sum(weight.numel() for weight in self.model.vae.parameters()),
@@ -310,20 +368,20 @@ class Editor:
             self._weights.restore(names)
         return session.prompts[prompt]
 
-    def _load(self, session: Session, config: EditConfig) -> None:
-        """Bring the session's weights, forgotten as config says, into the working UNet; nothing if they are there."""
-        key = (weakref.ref(session), config.strategy, config.keep)
-        if self._loaded == key:
-            return
-        tuned = {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
-        weights, self._loaded = self._weights, None
-        weights.restore(weights.changed - tuned.keys())
-        weights.make_writable(tuned)
-        forget_weights(tuned, weights.original, weights.working, config.strategy, config.keep, self.backend)
-        self._loaded = key
+    def _editing_path(self) -> Reference | Resident:
+        """Where edits are made; the engine is laid out by the first edit, from the originals."""
+        if self._path is None:
+            if self.numerics == "reference":
+                self._path = Reference(self.model, self._weights, self.backend)
+            else:
+                self._weights.restore()
+                original = self._weights.original
+                self._path = Resident(self.model, original, self.numerics, self._told, self._memory_bytes)
+        return self._path
 
     def _restore(self) -> None:
-        self._loaded = None
+        if self._path is not None:
+            self._path.reset()
         self._weights.restore()
 
     @contextmanager
@@ -339,10 +397,16 @@ class Editor:
         finished = False
         try:
             self._serving = threading.get_ident()
-            yield
+            with true_float32():
+                yield
             finished = True
         finally:
             if not finished:
                 self._restore()
             self._serving = None
             self._lock.release()
+
+
+def _alike(config: EditConfig) -> tuple[Any, ...]:
+    """What edits made together have in common."""
+    return config.strategy, config.keep, config.num_steps, config.guidance_scale, config.scheduler

@@ -51,9 +51,11 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             console.event("session", **asdict(saved) | {"path": str(job.save)})
             error = f"relative error of the delta {saved.relative_error:.2g}"
             console.text(f"session: {job.save}, {saved.delta}, {saved.num_bytes:,} bytes, {error}")
-        for index, config in enumerate(configs):
-            console.count(index, len(configs))
-            edit = session.edit(job.target, config, console.step)
+        console.count(0, len(configs))
+        finished = editor.edits(session, job.target, configs, console.step) if configs else iter(())
+        for index, edit in enumerate(finished):
+            config = edit.config
+            console.count(index + 1, len(configs))
             assert job.out is not None
             if not noted:
                 _begin(job, session)

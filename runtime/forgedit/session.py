@@ -116,14 +116,13 @@ class Session:
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
     ) -> Iterator[Edit]:
-        """Yield each edit of the grid as it finishes; weights are merged once per strategy.
+        """Yield each edit of the grid as it finishes; weights are merged once per strategy, see Editor.edits.
 
         target, on_step, cancel: as in edit; config: None takes the editor's defaults.sweep
         Raises: as edit does, when an edit's turn comes; those yielded before stay good
         """
         config = config or self.editor.defaults.sweep
-        for edit_config in config.edits():
-            yield self.editor.edit(self, target, edit_config, on_step, cancel)
+        yield from self.editor.edits(self, target, config.edits(), on_step, cancel)
 
     def save(self, path: str | Path, delta: str = "fp32") -> SavedSession:
         """Write one safetensors file, atomically: the file at `path` is the old one or the whole new one.

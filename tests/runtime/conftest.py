@@ -133,6 +133,12 @@ def editor(folder) -> Editor:
 
 
 @pytest.fixture(scope="session")
+def reference_editor(folder) -> Editor:
+    """The method's plain path, for comparisons by bits."""
+    return Editor.from_pretrained(folder, numerics="reference")
+
+
+@pytest.fixture(scope="session")
 def pipe(folder) -> naive.Pipe:
     """The same weights, in the naive transcription's hands; no test writes to them."""
     return naive.load(folder)

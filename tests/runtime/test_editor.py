@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import forgedit.editor
+import forgedit.engine.reference
 from forgedit import (
     Cancelled,
     EditConfig,
@@ -86,31 +87,33 @@ def test_nothing_follows_the_step_that_cancels_an_edit(session, originals, at):
 
 
 def test_cancelling_a_sweep_keeps_what_it_yielded(session, originals):
-    """In its second edit, after one step."""
+    """In its second batch, after one step."""
     cancel, seen, edits = threading.Event(), [], []
     config = SweepConfig(strategies=("none", "encoderattn"), gammas=(1.0, 1.2), num_steps=2)
 
     def on_step(event):
         seen.append((event.stage, event.step))
-        if edits and event.stage == "sample":
+        if len(edits) == 2 and event.stage == "sample":
             cancel.set()
 
     with pytest.raises(Cancelled, match="sample"):
         for edit in session.sweep("a dog", config, on_step=on_step, cancel=cancel):
             edits.append(edit)
-    assert [edit.config for edit in edits] == config.edits()[:1]
+    assert [edit.config for edit in edits] == config.edits()[:2]
     assert seen[-4:] == [("decode", 1), ("blend", 1), ("forget", 1), ("sample", 1)]
 
 
 def test_cancelling_between_two_edits_of_a_sweep(session, originals):
-    cancel, seen = threading.Event(), []
-    sweep = session.sweep("a dog", SweepConfig(num_steps=1), on_step=seen.append, cancel=cancel)
-    next(sweep)
+    """What is finished is still given out; nothing more is computed."""
+    cancel, seen, edits = threading.Event(), [], []
+    config = SweepConfig(num_steps=1)
+    sweep = session.sweep("a dog", config, on_step=seen.append, cancel=cancel)
+    edits.append(next(sweep))
     cancel.set()
     count = len(seen)
     with pytest.raises(Cancelled, match="blend"):
-        next(sweep)
-    assert len(seen) == count
+        edits.extend(sweep)
+    assert len(seen) == count and len(edits) <= len(config.gammas)
 
 
 def test_cancelling_from_another_thread(editor, photo, originals):
@@ -212,16 +215,17 @@ def test_two_editors_are_independent(editor, other_folder, photo, session):
         other.edit(session, "a dog")
 
 
-def test_a_sweep_merges_once_per_strategy(session, monkeypatch):
+def test_a_sweep_merges_once_per_strategy(reference_editor, photo, monkeypatch):
     calls = []
-    real = forgedit.editor.forget_weights
+    real = forgedit.engine.reference.forget_weights
 
     def count(*args):
         calls.append(args[3])
         return real(*args)
 
-    monkeypatch.setattr(forgedit.editor, "forget_weights", count)
+    monkeypatch.setattr(forgedit.engine.reference, "forget_weights", count)
     config = SweepConfig(strategies=("decoderattn", "encoderkv"), gammas=(0.9, 1.0, 1.1), num_steps=1)
+    session = reference_editor.tune(photo, TUNE)
     edits = list(session.sweep("a dog", config))
     assert calls == ["decoderattn", "encoderkv"]
     assert [edit.config for edit in edits] == config.edits()

@@ -29,7 +29,7 @@ def velocity_folder(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def velocity_editor(velocity_folder):
-    return Editor.from_pretrained(velocity_folder)
+    return Editor.from_pretrained(velocity_folder, numerics="reference")
 
 
 @pytest.fixture(scope="module")

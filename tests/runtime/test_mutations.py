@@ -60,6 +60,11 @@ TUNE_MUTATIONS = {
 
 
 @pytest.fixture(scope="module")
+def editor(reference_editor):
+    return reference_editor
+
+
+@pytest.fixture(scope="module")
 def engine(editor, photo, pipe):
     """case -> config, unbroken rules, session and z of the engine."""
 

@@ -26,6 +26,11 @@ TARGET = "a dog"
 
 
 @pytest.fixture(scope="module")
+def editor(reference_editor):
+    return reference_editor
+
+
+@pytest.fixture(scope="module")
 def learned_pair(editor, photo, pipe):
     """profile, resize -> (our session, the naive result), each computed once."""
 

@@ -1,4 +1,4 @@
-"""Latents to picture (METHOD item 16)."""
+"""Latents to pictures (METHOD item 16)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decoded:
-    """image: RGB; pixels: [1, 3, H, W] float32 in [0, 1]."""
+    """images: RGB, one a row of pixels: [B, 3, H, W] float32 in [0, 1], on the CPU."""
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     pixels: Tensor
 
 
 @torch.no_grad()
 def decode_latents(latents: Tensor, vae: Any) -> Decoded:
-    """Decode scaled latents [1, C, h, w] to one picture."""
-    pixels = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1).float().cpu()
-    array = (pixels[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
-    return Decoded(Image.fromarray(array), pixels)
+    """Decode scaled latents [B, C, h, w], in the VAE's own dtype."""
+    decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    pixels = (decoded / 2 + 0.5).clamp(0, 1).cpu()
+    rows = (pixels.permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
+    return Decoded(tuple(Image.fromarray(row) for row in rows), pixels)

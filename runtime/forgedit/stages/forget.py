@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,21 @@ class Forgotten:
     share: float
 
 
+def forgotten_names(names: Iterable[str], strategy: str) -> tuple[str, ...]:
+    """The tuned weights that a strategy resets, in the order given.
+
+    strategy: a name of STRATEGIES or a predicate
+    Raises: ValueError for an unknown strategy, or one other than 'none' that matches nothing
+    """
+    names, matches = tuple(names), parse_strategy(strategy)
+    reset = tuple(filter(matches, names))
+    if strategy != "none" and not reset:
+        raise ValueError(
+            f"strategy {strategy!r} matches none of the {len(names)} tuned tensors, such as {min(names)!r}"
+        )
+    return reset
+
+
 @torch.no_grad()
 def forget_weights(
     tuned: Mapping[str, Tensor],
@@ -35,12 +50,7 @@ def forget_weights(
     strategy: a name of STRATEGIES or a predicate; keep: in [0, 1]
     Raises: ValueError for an unknown strategy, or a strategy other than 'none' that matches no tuned tensor
     """
-    matches = parse_strategy(strategy)
-    reset = [name for name in tuned if matches(name)]
-    if strategy != "none" and not reset:
-        raise ValueError(
-            f"strategy {strategy!r} matches none of the {len(tuned)} tuned tensors, such as {min(tuned)!r}"
-        )
+    reset = forgotten_names(tuned, strategy)
     for name in tuned.keys() - set(reset):
         working[name].copy_(tuned[name])
     if reset:
@@ -52,4 +62,4 @@ def forget_weights(
             backend=backend,
         )
     share = sum(tuned[name].numel() for name in reset) / sum(weight.numel() for weight in tuned.values())
-    return Forgotten(tuple(reset), share)
+    return Forgotten(reset, share)

@@ -1,0 +1,90 @@
+"""The method's plain path: diffusers' own modules in float32, one edit at a time. The oracle of everything faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from forgedit.config import EditConfig
+from forgedit.model import Model
+from forgedit.stages.blend import blend_embeddings
+from forgedit.stages.decode import decode_latents
+from forgedit.stages.forget import forget_weights
+from forgedit.stages.sample import sample_ddim
+from forgedit.weights import Weights
+
+
+class Reference:
+    """Edits on the model's working UNet, which tuning uses too.
+
+    weights: both sides of that UNet's weights; backend: of the forgetting merge
+    """
+
+    def __init__(self, model: Model, weights: Weights, backend: str) -> None:
+        self._model, self._weights, self._backend = model, weights, backend
+        self._loaded: tuple[object, str, float] | None = None  # owner, strategy and keep now in the working UNet
+
+    def max_edits(self, shape: tuple[int, int, int]) -> int:
+        """How many edits sample takes together, for latents of `shape`."""
+        return 1
+
+    def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> None:
+        """Bring tuned weights, forgotten as the strategy says, into the UNet; nothing if they are there.
+
+        owner: whose they are; equal for equal weights; tuned: by name, prefixed 'unet.'
+        """
+        key = (owner, strategy, keep)
+        if self._loaded == key:
+            return
+        weights, self._loaded = self._weights, None
+        weights.restore(weights.changed - tuned.keys())
+        weights.make_writable(tuned)
+        forget_weights(tuned, weights.original, weights.working, strategy, keep, self._backend)
+        self._loaded = key
+
+    def blend(self, source: Tensor, target: Tensor, configs: Sequence[EditConfig]) -> Tensor:
+        """Edit embeddings [B, T, D], one a config, of source and target [1, T, D]."""
+        return torch.cat([blend_embeddings(source, target, config) for config in configs])
+
+    def sample(
+        self,
+        embeddings: Tensor,
+        unconditional: Tensor,
+        shape: tuple[int, int, int],
+        configs: Sequence[EditConfig],
+        on_step: Callable[[int, int, float | None], None],
+    ) -> Tensor:
+        """Latents [1, C, h, w] of the only config. Raises: ValueError for a scheduler that is not the method's."""
+        (config,) = configs
+        if config.scheduler != "ddim":
+            raise ValueError(
+                f"scheduler {config.scheduler!r} is not the method's; the reference path takes 'ddim' alone"
+            )
+        model = self._model
+        return sample_ddim(
+            unet=model.unet,
+            embedding=embeddings,
+            unconditional=unconditional,
+            alphas_cumprod=model.alphas_cumprod,
+            prediction_type=model.prediction_type,
+            shape=shape,
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            generator=torch.Generator().manual_seed(config.seed),
+            on_step=on_step,
+        ).latents
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents [B, C, h, w]."""
+        return list(decode_latents(latents, self._model.vae).images)
+
+    def reset(self) -> None:
+        """The working weights are the originals again, by another's hand."""
+        self._loaded = None
+
+    def shrink(self) -> bool:
+        """Whether less can be done at once: never, it is one edit already."""
+        return False

@@ -1,0 +1,148 @@
+"""The resident engine: one UNet, laid out once, that serves every photo, strategy, strength and seed after it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from forgedit.config import EditConfig
+from forgedit.engine.graphs import GraphCache
+from forgedit.engine.numerics import NUMERICS
+from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling
+from forgedit.engine.sampler import Sampler, Schedule, ddim_schedule, solver_schedule
+from forgedit.engine.weights import ResidentWeights
+from forgedit.model import Model
+from forgedit.model.fuse import FusedUNet
+from forgedit.model.schedulers import make_scheduler
+from forgedit.stages.decode import decode_latents
+from forgedit_kernels import backend_for, blend_embeddings
+
+DECODE_TOGETHER = 4  # pictures: the VAE's features are large, and few of them fill a device
+
+
+class Resident:
+    """Edits on kernels of our own; the model's modules are read, never written.
+
+    model: whose UNet holds the originals while this is built; original: the same weights, prefixed 'unet.'
+    numerics: of NUMERICS, but 'reference'; backend: of forgedit_kernels, for every op that has it
+    memory_bytes: that the process may hold on the device; None for all there is, on a CPU for a fixed batch
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        original: Mapping[str, Tensor],
+        numerics: str,
+        backend: str,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self._model, self._backend, self._dtype = model, backend, NUMERICS[numerics]
+        self._unet = FusedUNet(model.unet, self._dtype, backend)
+        named = {f"unet.{name}": weight for name, weight in self._unet.weights.items()}
+        self._weights = ResidentWeights(named, original, backend)
+        self.graphs = GraphCache(self._unet.device)
+        self._sampler = Sampler(self._unet, self.graphs, backend)
+        self._schedules: dict[tuple[str, int], Schedule] = {}
+        self._memory_bytes, self._most = memory_bytes, MOST_EDITS
+        self._vae: Any = model.vae
+        if self._dtype != torch.float32:
+            half: Any = copy.deepcopy(model.vae)
+            self._vae = torch.nn.Module.to(half, self._dtype).to(memory_format=torch.channels_last)
+
+    def max_edits(self, shape: tuple[int, int, int]) -> int:
+        """How many edits sample takes together, for latents of `shape`. Raises: RuntimeError if not even one fits."""
+        return self.plan(shape).batch
+
+    def plan(self, shape: tuple[int, int, int]) -> SamplingPlan:
+        """What sampling of latents of `shape` is predicted to hold. Raises: RuntimeError if not even one edit fits."""
+        device, model = self._unet.device, self._model
+        if device.type == "cuda":
+            held = torch.cuda.memory_allocated(device)
+        else:
+            modules = (model.unet, model.vae, model.text_encoder)
+            kept = [*self._unet.weights.values(), *(weight for part in modules for weight in part.parameters())]
+            held = sum(weight.nbytes for weight in kept)
+        return plan_sampling(
+            model.unet.config,
+            model.vae.config,
+            *shape[1:],
+            itemsize=self._dtype.itemsize,
+            weights=held,
+            budget=self._memory_bytes or device_budget(device),
+            tokens=model.tokenizer.model_max_length,
+            decode_batch=DECODE_TOGETHER,
+            most=self._most,
+        )
+
+    def shrink(self) -> bool:
+        """After the device ran out of memory: let go of all buffers, and take half as many edits at once from here on.
+
+        Returns: False if it was one at a time already
+        """
+        self._sampler.clear()
+        if self._unet.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller, self._most = self._most > 1, max(self._most // 2, 1)
+        return smaller
+
+    def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> None:
+        """As Reference.load says; only weights that differ from what is there are written."""
+        self._weights.load(owner, tuned, strategy, keep)
+
+    def blend(self, source: Tensor, target: Tensor, configs: Sequence[EditConfig]) -> Tensor:
+        """As Reference.blend says, in one launch."""
+        weights = torch.tensor([blend_weights(config) for config in configs], device=source.device)
+        backend = backend_for("blend_embeddings", self._backend)
+        return blend_embeddings(source, target, weights, backend=backend)
+
+    def sample(
+        self,
+        embeddings: Tensor,
+        unconditional: Tensor,
+        shape: tuple[int, int, int],
+        configs: Sequence[EditConfig],
+        on_step: Callable[[int, int, float | None], None],
+    ) -> Tensor:
+        """Latents [B, C, h, w] of configs that differ in blend and seed alone."""
+        schedule = self._schedule(configs[0].scheduler, configs[0].num_steps)
+        noises = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(config.seed)) for config in configs]
+        return self._sampler.sample(
+            embeddings=embeddings,
+            unconditional=unconditional,
+            noise=torch.cat(noises).to(embeddings.device),
+            schedule=schedule,
+            guidance_scale=configs[0].guidance_scale,
+            version=self._weights.version,
+            on_step=on_step,
+        )
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents [B, C, h, w]."""
+        parts = latents.split(DECODE_TOGETHER)
+        return [image for part in parts for image in decode_latents(part, self._vae).images]
+
+    def reset(self) -> None:
+        """Nothing: the working UNet is not this one's."""
+
+    def _schedule(self, scheduler: str, num_steps: int) -> Schedule:
+        key, model = (scheduler, num_steps), self._model
+        if key not in self._schedules:
+            if scheduler == "ddim":
+                self._schedules[key] = ddim_schedule(model.alphas_cumprod, num_steps, model.prediction_type)
+            else:
+                make = partial(make_scheduler, scheduler, model.alphas_cumprod, model.prediction_type, num_steps)
+                self._schedules[key] = solver_schedule(make().timesteps, make)
+        return self._schedules[key]
+
+
+def blend_weights(config: EditConfig) -> tuple[float, float, float]:
+    """The row of blend_embeddings' weights that says what config.blend says (METHOD section 3)."""
+    if config.blend == "vs":
+        return 1 - config.gamma, config.gamma, 0.0
+    return config.identity_weight, config.edit_weight, 1.0

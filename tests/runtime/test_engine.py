@@ -1,0 +1,307 @@
+"""The resident engine against the reference path and against itself: what is equal bit for bit, and what nearly."""
+
+import copy
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+import forgedit.engine.weights
+from forgedit import Cancelled, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
+from forgedit.config import STRATEGIES, parse_strategy
+from forgedit.engine.numerics import true_float32
+from forgedit.model.fuse import FusedUNet
+from forgedit.model.load import BUNDLED
+from forgedit.stages.blend import blend_embeddings
+from forgedit.stages.decode import decode_latents
+from forgedit.stages.sample import ddim_step, ddim_timesteps
+
+TUNE = TuneConfig(num_steps=3, batch_size=2, unet_lr=1e-2, caption="a cat")
+EDIT = EditConfig(strategy="encoderattn", num_steps=4)
+MUG = "a photo of a red mug"
+EXACT = 1e-4  # of the final latents, relative: what float32 in another order may cost over all steps
+
+DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+SHAPES = {
+    "stable diffusion 1": dict(attention_head_dim=2),
+    "stable diffusion 2": dict(attention_head_dim=(2, 4, 4), use_linear_projection=True),
+    "first block without cross-attention": dict(
+        attention_head_dim=2, down_block_types=("DownBlock2D", *DOWN[1:]), up_block_types=(*UP[:2], "UpBlock2D")
+    ),
+    "two layers": dict(attention_head_dim=4, layers_per_block=2, transformer_layers_per_block=2),
+}
+
+
+def distance(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+def small_unet(**config):
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=DOWN, up_block_types=UP) | config
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32, 32), norm_num_groups=8, cross_attention_dim=24, **blocks
+    )
+    for weight in unet.parameters():  # biases and norms start at values that hide what is left out
+        if weight.dim() == 1:
+            weight.data += 0.3 * torch.randn(weight.shape)
+    return unet.requires_grad_(False).eval()
+
+
+def answer(fused, latents, timestep, embeddings):
+    inputs = latents.to(fused.dtype).contiguous(memory_format=torch.channels_last)
+    return fused(inputs, fused.project_timesteps(torch.tensor([timestep])), fused.project_prompts(embeddings))
+
+
+@pytest.fixture(scope="module")
+def session(editor, photo):
+    return editor.tune(photo, TUNE)
+
+
+@pytest.fixture(scope="module")
+def oracle(session, reference_editor):
+    """The same learned photo, edited by the reference path."""
+    return replace(session, editor=reference_editor, prompts={})
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (7, 9), (1, 4)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_fused_unet_is_diffusers(shape, size):
+    unet = small_unet(**SHAPES[shape])
+    fused = FusedUNet(unet)
+    latents, embeddings = torch.randn(3, 4, *size), torch.randn(6, 7, 24)
+    for timestep in (0, 981):
+        expected = unet(torch.cat([latents, latents]), timestep, embeddings).sample
+        assert distance(answer(fused, latents, timestep, embeddings), expected) < 2e-6
+    unguided = unet(latents, 981, embeddings[3:]).sample
+    assert distance(answer(fused, latents, 981, embeddings[3:]), unguided) < 2e-6
+
+
+@pytest.mark.parametrize("name", [name for name, _ in small_unet(attention_head_dim=2).named_parameters()])
+def test_every_weight_counts(name, every_weight):
+    """A weight that the layout forgot, or took for another, would leave the answer as it was, or move it elsewhere."""
+    unet, fused, latents, embeddings = every_weight
+    before = unet.get_parameter(name).clone()
+    changed = before + 0.1 * torch.randn(before.shape)
+    unet.get_parameter(name).copy_(changed)
+    fused.weights[name].copy_(changed)
+    expected, got = unet(latents, 500, embeddings).sample, answer(fused, latents, 500, embeddings)
+    for weight in (unet.get_parameter(name), fused.weights[name]):
+        weight.copy_(before)
+    assert distance(got, expected) < 2e-6
+    assert distance(got, answer(fused, latents, 500, embeddings)) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def every_weight():
+    unet = small_unet(attention_head_dim=2)
+    return unet, FusedUNet(unet), torch.randn(2, 4, 8, 8), torch.randn(2, 7, 24)
+
+
+def test_diffusers_module_is_left_alone():
+    unet = small_unet(attention_head_dim=2)
+    before = copy.deepcopy(unet.state_dict())
+    fused = FusedUNet(unet)
+    for weight in fused.weights.values():
+        weight.zero_()
+    assert all(torch.equal(weight, before[name]) for name, weight in unet.state_dict().items())
+    assert type(unet.mid_block.resnets[0]).__module__.startswith("diffusers")
+
+
+def test_a_unet_of_another_structure_is_refused():
+    with pytest.raises(ModelError, match=r"scale_shift.*reference"):
+        FusedUNet(small_unet(attention_head_dim=2, resnet_time_scale_shift="scale_shift"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("blend", [dict(gamma=1.3), dict(blend="vp", identity_weight=0.9, edit_weight=1.2)], ids=str)
+def test_exact_is_the_reference(session, oracle, strategy, blend):
+    config = replace(EDIT, strategy=strategy, keep=0.3, **blend)
+    edit, expected = session.edit("a dog", config), oracle.edit("a dog", config)
+    assert distance(edit.latents, expected.latents) < EXACT
+    assert np.abs(np.asarray(edit.image, int) - np.asarray(expected.image, int)).max() <= 1
+
+
+CHANGES = [dict(guidance_scale=1.0), dict(num_steps=50), dict(num_steps=70), dict(seed=3)]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_exact_is_the_reference_at_other_settings(session, oracle, change):
+    config = replace(EDIT, **change)
+    assert distance(session.edit("a dog", config).latents, oracle.edit("a dog", config).latents) < EXACT
+
+
+def test_a_wrong_sampler_would_be_seen(session, oracle):
+    """What EXACT must tell apart: one step fewer, another strength by a hundredth, another strategy."""
+    expected = oracle.edit("a dog", EDIT).latents
+    for change in (dict(num_steps=5), dict(gamma=1.01), dict(guidance_scale=7.6), dict(strategy="noencoder")):
+        assert distance(session.edit("a dog", replace(EDIT, **change)).latents, expected) > EXACT, change
+
+
+def test_a_dreambooth_session(editor, reference_editor, photo):
+    tune = TUNE.replace(profile="dreambooth", num_steps=2, batch_size=2, unet_lr=1e-3, text_encoder_lr=1e-3)
+    session = editor.tune(photo, tune)
+    expected = replace(session, editor=reference_editor, prompts={}).edit("a dog", EDIT)
+    assert distance(session.edit("a dog", EDIT).latents, expected.latents) < EXACT
+
+
+def test_merging_in_place_is_a_fresh_unet(folder, photo):
+    """Whatever was there before: every strategy in turn, each against a UNet merged and laid out anew."""
+    editor = Editor.from_pretrained(folder)
+    session = editor.tune(photo, TUNE)
+    for strategy, keep in [(name, keep) for name in STRATEGIES for keep in (0.0, 0.3)]:
+        session.edit("a dog", EditConfig(strategy=strategy, keep=keep, num_steps=1))
+        merged = copy.deepcopy(editor.model.unet)
+        for name, tuned in session.tuned.items():
+            original, share = editor.originals()[name], keep if parse_strategy(strategy)(name) else 1.0
+            weight = original if share == 0 else tuned if share == 1 else share * tuned + (1 - share) * original
+            merged.get_parameter(name.removeprefix("unet.")).copy_(weight)
+        fresh = FusedUNet(merged)
+        for name, weight in editor._path._unet.weights.items():
+            assert torch.equal(weight, fresh.weights[name]), (strategy, name)
+
+
+def test_a_used_engine_is_a_new_one(session, folder, photo):
+    """Kept keys and values, time projections, buffers and weights: equal bits to all of them computed anew."""
+    wanted = [
+        ("a dog", EDIT),
+        ("a wall", EDIT),
+        ("a dog", replace(EDIT, strategy="none", num_steps=3)),
+        ("a dog", replace(EDIT, guidance_scale=1.0)),
+        ("a dog", replace(EDIT, seed=1, gamma=0.7)),
+        ("a dog", EDIT),
+    ]
+    used = [session.edit(target, config).latents for target, config in wanted]
+    for (target, config), latents in zip(wanted, used, strict=True):
+        fresh = replace(session, editor=Editor.from_pretrained(folder), prompts={})
+        assert torch.equal(fresh.edit(target, config).latents, latents)
+
+
+def test_edits_do_not_depend_on_their_place_in_a_batch(session):
+    config = SweepConfig(strategies=("encoderattn",), gammas=(0.8, 1.0, 1.2), seeds=(0, 5), num_steps=2).edits()
+    editor = session.editor
+    there = {edit.config: edit.latents for edit in editor.edits(session, "a dog", config)}
+    back = {edit.config: edit.latents for edit in editor.edits(session, "a dog", config[::-1])}
+    assert len(there) == 6 and all(torch.equal(there[key], back[key]) for key in config)
+    for key in config:
+        assert distance(session.edit("a dog", key).latents, there[key]) < EXACT
+
+
+def test_two_sessions_in_turn(editor, photo, session):
+    other = editor.tune(photo, TUNE.replace(seed=1, profile="paper"))
+    alone = [s.edit("a dog", EDIT).latents for s in (session, other)]
+    for _ in range(2):
+        for expected, s in zip(alone, (session, other), strict=True):
+            assert torch.equal(s.edit("a dog", EDIT).latents, expected)
+
+
+def test_tuning_between_edits_changes_nothing(editor, photo, session):
+    before = session.edit("a dog", EDIT).latents
+    editor.tune(photo, TUNE.replace(seed=7))
+    assert torch.equal(session.edit("a dog", EDIT).latents, before)
+
+
+def test_a_merge_that_fails_half_way_leaves_nothing_behind(session, monkeypatch):
+    before = session.edit("a dog", EDIT).latents
+    merge, calls = forgedit.engine.weights.merge_weights, []
+
+    def fail(**arguments):
+        calls.append(arguments["keep"])
+        if len(calls) == 2:
+            raise RuntimeError("device lost")
+        merge(**arguments)
+
+    monkeypatch.setattr(forgedit.engine.weights, "merge_weights", fail)
+    with pytest.raises(RuntimeError, match="device lost"):
+        session.edit("a dog", replace(EDIT, strategy="decoderattn", keep=0.3))
+    assert len(calls) == 2
+    monkeypatch.undo()
+    assert torch.equal(session.edit("a dog", EDIT).latents, before)
+
+
+@pytest.mark.parametrize("at", [("blend", 1), ("forget", 1), ("sample", 1), ("sample", 3), ("decode", 1)], ids=str)
+def test_a_cancelled_edit_leaves_nothing_behind(session, at):
+    before = session.edit("a dog", EDIT).latents
+    cancel = threading.Event()
+
+    def on_step(event):
+        if (event.stage, event.step) == at:
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        session.edit("a wall", replace(EDIT, seed=9, strategy="none"), on_step, cancel)
+    assert torch.equal(session.edit("a dog", EDIT).latents, before)
+
+
+def test_one_diverged_edit_does_not_take_the_others_along(session):
+    good, bad = replace(EDIT, gamma=1.0), replace(EDIT, gamma=1e38)
+    made = session.editor.edits(session, "a dog", [good, bad, good])
+    assert torch.isfinite(next(made).latents).all()
+    with pytest.raises(EditDiverged):
+        next(made)
+
+
+@pytest.fixture(scope="module")
+def bundled_session():
+    """Something learned by the bundled model: pictures by a trained model, as noise says nothing of rounding."""
+    editor = Editor.from_pretrained("bundled", numerics="reference")
+    photo = Image.open(BUNDLED / "demo.png")
+    return editor.tune(photo, editor.defaults.tune.replace(num_steps=2, batch_size=2, loss_threshold=0.0))
+
+
+@pytest.mark.parametrize(("numerics", "dtype"), [("fast", torch.bfloat16), ("fast-float16", torch.float16)])
+def test_fast_is_no_worse_than_diffusers_in_half(bundled_session, numerics, dtype):
+    """Against float32's pictures, beside a plain half-precision loop over diffusers' modules."""
+    default = bundled_session.editor.defaults.edit
+    configs = [replace(default, num_steps=6, seed=seed) for seed in range(3)]
+    expected = [bundled_session.edit(MUG, config).image for config in configs]
+    fast = replace(bundled_session, editor=Editor.from_pretrained("bundled", numerics=numerics), prompts={})
+    ours = [edit.image for edit in fast.editor.edits(fast, MUG, configs)]
+    plain = [in_half(bundled_session, config, dtype) for config in configs]
+    distances = [np.mean(list(map(decibels, made, expected))) for made in (ours, plain)]
+    assert 30 < distances[0] < 90
+    assert distances[0] > distances[1] - 0.5
+
+
+def decibels(image, expected):
+    error = np.square(np.asarray(image, float) - np.asarray(expected, float)).mean()
+    return 10 * np.log10(255**2 / error)
+
+
+@torch.no_grad()
+def in_half(session, config, dtype):
+    """One edit as a diffusers pipeline in `dtype` makes it: modules, embeddings and latents in half precision."""
+    editor, model = session.editor, session.editor.model
+    session.edit(MUG, replace(config, num_steps=1))  # brings the weights in
+    unet, vae = (torch.nn.Module.to(copy.deepcopy(module), dtype) for module in (model.unet, model.vae))
+    source, target, nothing = session.embedding, session.prompts[MUG].embedding, session.prompts[""].embedding
+    embeddings = torch.cat([nothing, blend_embeddings(source, target, config)]).to(dtype)
+    shape = (1, model.unet.config.in_channels, *(side // model.vae_scale for side in session.source.size[::-1]))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed)).to(dtype)
+    alphas = editor.model.alphas_cumprod
+    for timestep in ddim_timesteps(config.num_steps):
+        plain, guided = unet(torch.cat([latents, latents]), timestep, embeddings).sample.chunk(2)
+        earlier = max(timestep - len(alphas) // config.num_steps, 0)
+        prediction = plain + config.guidance_scale * (guided - plain)
+        latents = ddim_step(latents, prediction, alphas[timestep], alphas[earlier], model.prediction_type)
+    assert latents.dtype == dtype
+    return decode_latents(latents, vae).images[0]
+
+
+def test_unknown_numerics(folder):
+    with pytest.raises(ValueError, match="unknown numerics 'quick'; expected one of: reference, exact, fast"):
+        Editor.from_pretrained(folder, numerics="quick")
+
+
+def test_tf32_is_off_inside_and_put_back():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    with pytest.raises(KeyError), true_float32():
+        assert not matmul.allow_tf32 and not cudnn.allow_tf32
+        raise KeyError
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
