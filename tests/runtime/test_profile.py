@@ -29,7 +29,7 @@ from forgedit.progress import PREFIX, Progress, StepEvent, phase
 CPU = torch.device("cpu")
 TUNE, EDIT = TuneConfig(num_steps=2, batch_size=1, caption="a cat"), EditConfig(num_steps=3)
 PHASES = ["caption", "encode", "tune", "blend", "forget", "sample", "decode"]
-FILES = ["memory.png", "ops.json", "profile.md", "roofline.png", "trace.json", "unet_rows.png"]
+FILES = ["batches.png", "memory.png", "ops.json", "profile.md", "roofline.png", "trace.json"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +43,7 @@ def small_roofline():
 @pytest.fixture(scope="module")
 def profile(editor, photo):
     torch.set_num_threads(1)
-    return profile_edit(editor, photo, "a dog", TUNE, EDIT, edits=2, traced_steps=2, rows=(1, 3))
+    return profile_edit(editor, photo, "a dog", TUNE, EDIT, edits=2, traced_steps=2, batches=(1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +291,11 @@ def test_latencies_of_cold_and_warm_edits(profile):
         "sample step": 6,
     }
     assert warm["sample step"]["p50_s"] <= warm["sample"]["p99_s"] <= warm["edit"]["p99_s"]
-    assert [entry["rows"] for entry in profile.batches] == [1, 3]
-    assert all(entry["seconds_per_row"] == entry["p50_s"] / entry["rows"] for entry in profile.batches)
+    assert [entry["rows"] for entry in profile.unet_rows] == [entry["edits"] for entry in profile.batches] == [1, 3]
+    assert all(entry["seconds_per_row"] == entry["p50_s"] / entry["rows"] for entry in profile.unet_rows)
+    for entry in profile.batches:
+        assert entry["seconds_per_edit"] == entry["warm_s"] / entry["edits"]
+        assert 0 < 2 * entry["step_p50_s"] <= entry["warm_s"]  # there are at least two steps
 
 
 def test_marks_tell_the_seconds_between_steps(monkeypatch):
@@ -322,7 +325,17 @@ def test_the_files(profile, tmp_path):
     paths = write_profile(profile, out)
     assert sorted(path.name for path in out.iterdir()) == FILES == sorted(path.name for path in paths)
     record = json.loads((out / "ops.json").read_text())
-    assert {"machine", "versions", "roofline", "phases", "ops", "latency", "unet_rows", "memory"} <= record.keys()
+    assert {
+        "machine",
+        "versions",
+        "roofline",
+        "phases",
+        "ops",
+        "latency",
+        "batches",
+        "unet_rows",
+        "memory",
+    } <= record.keys()
     assert record["machine"]["threads"] == 1 and record["machine"]["load"] is not None
     text = (out / "profile.md").read_text()
     for row in profile.phases:
@@ -332,7 +345,7 @@ def test_the_files(profile, tmp_path):
     sample = next(row for row in profile.phases if row.phase == "sample")
     rest = 100 * (sample.dispatch_seconds + sample.python_seconds) / sample.seconds
     assert sum(shares) + rest == pytest.approx(100, abs=0.06 * len(shares))  # folded lines are counted once
-    for name in ("roofline.png", "unet_rows.png", "memory.png"):
+    for name in ("roofline.png", "batches.png", "memory.png"):
         with Image.open(BytesIO((out / name).read_bytes())) as image:
             assert image.width == 880
             image.load()
@@ -353,7 +366,7 @@ def test_a_full_disk_leaves_nothing_new(profile, tmp_path, monkeypatch, last):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        report, "plot", lambda profile: dict.fromkeys(("roofline.png", "unet_rows.png", "memory.png"), b"")
+        report, "plot", lambda profile: dict.fromkeys(("roofline.png", "batches.png", "memory.png"), b"")
     )
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=rf"cannot write '.*{last}'"):
@@ -398,7 +411,7 @@ def test_the_command(editor, parse, capsys, tmp_path):
         "1",
         "--num-steps",
         "1",
-        "--rows",
+        "--batches",
         "2",
         "--out",
         "here",
@@ -426,7 +439,7 @@ def test_the_command(editor, parse, capsys, tmp_path):
     [
         (["--edits", "0"], "edits: 0 is out of range"),
         (["--traced-steps", "-1"], "traced steps: -1 is out of range"),
-        (["--rows", "1,0"], "rows: 1, 0 is out of range"),
+        (["--batches", "1,0"], "batches: 1, 0 is out of range"),
         (["--num-steps", "0"], "num_steps"),
         (["--strategy", "nothing"], "strategy"),
     ],
@@ -442,8 +455,8 @@ def test_bad_settings_are_refused_before_anything_runs(editor, parse, tmp_path, 
 def test_bad_words_are_refused_before_a_model_is_loaded(parse, photo):
     with pytest.raises(InputError, match="target prompt is empty"):
         parse(target=" ")
-    with pytest.raises(InputError, match="--rows: '1,many' cannot be read"):
-        parse("--rows", "1,many")
+    with pytest.raises(InputError, match="--batches: '1,many' cannot be read"):
+        parse("--batches", "1,many")
     with pytest.raises(InputError, match="photo lies in"):
         check_job(parse("--out", str(photo.parent)))
     args = parse()
@@ -463,7 +476,7 @@ def test_without_matplotlib_nothing_is_measured(editor, parse, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu(folder, photo):
     editor = Editor.from_pretrained(folder, "cuda")
-    measured = profile_edit(editor, photo, "a dog", TUNE, EDIT, edits=2, traced_steps=2, rows=(1,))
+    measured = profile_edit(editor, photo, "a dog", TUNE, EDIT, edits=2, traced_steps=2, batches=(1,))
     assert [row.phase for row in measured.phases] == PHASES
     for row in measured.phases:
         busy = sum(op.seconds for op in measured.ops if op.phase == row.phase)

@@ -28,7 +28,11 @@ def add_profile_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edits", type=int, default=8, help="warm edits to time (default 8)")
     parser.add_argument("--traced-steps", type=int, default=4, help="denoising steps of the traced edit (default 4)")
     parser.add_argument(
-        "--rows", type=_rows, default=(1, 2, 4, 8), metavar="INT,…", help="rows of the UNet's calls (default 1,2,4,8)"
+        "--batches",
+        type=_sizes,
+        default=(1, 2, 4, 8),
+        metavar="INT,…",
+        help="how many edits to make together, and rows of a UNet call (default 1,2,4,8)",
     )
     add_flags(parser, EditConfig)
     add_flags(parser, TuneConfig, prefix="tune_")
@@ -44,7 +48,7 @@ def run_profile(
         no file is left
     """
     require_matplotlib()
-    check_counts(edits=[args.edits], traced_steps=[args.traced_steps], rows=args.rows)
+    check_counts(edits=[args.edits], traced_steps=[args.traced_steps], batches=args.batches)
     tune_config, _ = check_settings(job, args, editor)
     if "num_steps" not in given(args, TuneConfig):
         tune_config = tune_config.replace(num_steps=TUNE_STEPS)
@@ -60,7 +64,7 @@ def run_profile(
         edit_config,
         edits=args.edits,
         traced_steps=args.traced_steps,
-        rows=args.rows,
+        batches=args.batches,
         counted=counted,
         on_step=console.step,
         say=console.text,
@@ -79,7 +83,7 @@ def _target(text: str) -> str:
     return text
 
 
-def _rows(text: str) -> tuple[int, ...]:
+def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How long edits take, cold and warm, by stage and step; the UNet against its rows; memory as the steps go by."""
+"""How long edits take, cold and warm, by stage and step, alone and together, and a UNet call; memory by step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgedit.config import EditConfig, SweepConfig
 from forgedit.profile.roofline import wait
 from forgedit.progress import OnStep, StepEvent
+from forgedit.session import Session
 
 UNET_SECONDS = 2.0  # after which no further call is made at one number of rows, from the third on
 UNET_CALLS = 10
@@ -129,4 +131,40 @@ def time_unet(
             return [*measured, {"rows": count, "out_of_memory": True}]
         warm = percentiles(seconds[1:])
         measured.append({"rows": count, "first_s": seconds[0], **warm, "seconds_per_row": warm["p50_s"] / count})
+    return measured
+
+
+def time_batches(
+    session: Session, target: str, config: EditConfig, sizes: Sequence[int], device: torch.device
+) -> list[dict[str, Any]]:
+    """Edits made together, as many as each of `sizes`, alike but for their seeds: seconds of the first such batch, of
+    the next one, an edit of that, and the p50 of its denoising steps, each of which serves all that go together."""
+    measured: list[dict[str, Any]] = []
+    for size in sizes:
+        sweep = SweepConfig(
+            strategies=(config.strategy,),
+            blend=config.blend,
+            gammas=(config.gamma,),
+            identity_weights=(config.identity_weight,),
+            edit_weights=(config.edit_weight,),
+            seeds=tuple(range(size)),
+            keep=config.keep,
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+        )
+        seconds = []
+        for _ in range(2):
+            marks, start = Marks(device), time.perf_counter()
+            list(session.sweep(target, sweep, marks))
+            seconds.append(time.perf_counter() - start)
+        step = percentiles(seconds for stage, seconds in marks.steps() if stage == "sample")["p50_s"]
+        measured.append(
+            {
+                "edits": size,
+                "first_s": seconds[0],
+                "warm_s": seconds[1],
+                "seconds_per_edit": seconds[1] / size,
+                "step_p50_s": step,
+            }
+        )
     return measured

@@ -1,4 +1,4 @@
-"""Pictures of a profile: the roofline with the ops below it, the UNet's seconds against its rows, memory over time."""
+"""Pictures of a profile: the roofline with the ops below it, seconds against what is done together, memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
 def plot(profile: Profile) -> dict[str, bytes]:
     """PNG files by name. Raises: RuntimeError, see require_matplotlib."""
     require_matplotlib()
-    figures = {"roofline.png": _roofline(profile), "unet_rows.png": _rows(profile), "memory.png": _memory(profile)}
+    figures = {"roofline.png": _roofline(profile), "batches.png": _batches(profile), "memory.png": _memory(profile)}
     return {name: _png(figure) for name, figure in figures.items()}
 
 
@@ -61,7 +61,7 @@ def _style(axes: Axes, title: str) -> None:
 
 def _origin(profile: Profile) -> str:
     machine = profile.facts["machine"]
-    return f"{machine['device']}, {machine['threads']} threads, load {machine['load']}, {machine['time'][:10]}"
+    return f"{machine['device']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, load {machine['load']}, {machine['time'][:10]}"
 
 
 def _roofline(profile: Profile) -> Figure:
@@ -154,21 +154,32 @@ def _beside(x: float, y: float, align: str) -> dict[str, Any]:
     return dict(xytext=(x, y), textcoords="offset points", ha=align, fontsize=7, color=GREY)
 
 
-def _rows(profile: Profile) -> Figure:
-    """A call's seconds, and a row's."""
-    figure, axes = _axes(3.2, "One call of the UNet, by its rows (a guided edit has two)")
-    measured = [entry for entry in profile.batches if "out_of_memory" not in entry]
-    rows = [entry["rows"] for entry in measured]
-    for name, color, label in (("p50_s", BLUE, "the call, p50"), ("seconds_per_row", ORANGE, "a row of it")):
-        axes.plot(rows, [1e3 * entry[name] for entry in measured], color=color, marker="o", label=label)
+def _batches(profile: Profile) -> Figure:
+    """On the left edits made together, on the right a call of the plain UNet."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.4), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _style(left, f"Edits of {profile.facts['traced_steps']} steps made together")
+    _lines(left, profile.batches, "edits", {"warm_s": "all of them", "seconds_per_edit": "one of them"})
+    _style(right, "One call of the model's own UNet, p50")
+    rows = [entry for entry in profile.unet_rows if "out_of_memory" not in entry]
+    _lines(right, rows, "rows", {"p50_s": "the call", "seconds_per_row": "a row of it"})
+    figure.supxlabel(_origin(profile), color=GREY, fontsize=8)
+    return figure
+
+
+def _lines(axes: Axes, entries: list[dict[str, Any]], along: str, labels: dict[str, str]) -> None:
+    sizes = [entry[along] for entry in entries]
+    for (name, label), color in zip(labels.items(), (BLUE, ORANGE), strict=True):
+        axes.plot(sizes, [1e3 * entry[name] for entry in entries], color=color, marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(rows, map(str, rows))
+    axes.set_xticks(sizes, map(str, sizes))
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_ylabel("milliseconds", fontsize=8)
-    axes.set_xlabel(f"rows\n{_origin(profile)}", color=GREY, fontsize=8)
+    axes.set_xlabel(along, fontsize=8)
     axes.legend(fontsize=8, frameon=False)
-    return figure
 
 
 def _memory(profile: Profile) -> Figure:

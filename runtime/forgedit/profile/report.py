@@ -56,7 +56,8 @@ def as_json(profile: Profile) -> dict[str, Any]:
         "ops": [_op(row) for row in profile.ops],
         "without_flops": profile.without_flops,
         "latency": profile.latency,
-        "unet_rows": profile.batches,
+        "unet_rows": profile.unet_rows,
+        "batches": profile.batches,
         "memory": profile.memory,
     }
 
@@ -71,7 +72,7 @@ def markdown(profile: Profile) -> str:
     lines = [
         f"# Profile of {facts['model']}, {size} pixels",
         "",
-        f"{machine['device']}, {machine['threads']} threads, load {machine['load']}, {machine['time']}. "
+        f"{machine['device']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, load {machine['load']}, {machine['time']}. "
         f"torch {facts['versions']['torch']}, triton {machine['triton']}, backend {facts['backend']}.",
         "",
         f"Roofline, measured in this run: {peaks}; {roof.bandwidth / 1e9:,.1f} GB/s read and written.",
@@ -101,7 +102,10 @@ def markdown(profile: Profile) -> str:
         "",
         *_table(("", "calls", "p50", "p95", "p99", "cold"), _latency_cells(profile.latency)),
     ]
-    lines += ["", "## One call of the UNet", "", *_table(("rows", "first", "p50", "p95", "a row"), _row_cells(profile))]
+    lines += ["", f"## Edits of {facts['traced_steps']} steps made together", ""]
+    lines += _table(("edits", "first", "warm", "an edit", "a step, p50"), _number_cells(profile.batches))
+    lines += ["", "## One call of the model's own UNet", ""]
+    lines += _table(("rows", "first", "calls", "p50", "p95", "p99", "a row"), _number_cells(profile.unet_rows))
     held = [entry["bytes"] for entry in profile.memory if entry["bytes"] is not None]
     if held:
         of = "allocated on the GPU" if on_gpu else "resident"
@@ -160,11 +164,12 @@ def _latency_cells(latency: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield (name, calls, *ranks, in_words(cold) if cold is not None else "–")
 
 
-def _row_cells(profile: Profile) -> Iterator[tuple[str, ...]]:
-    for entry in profile.batches:
-        names = ("first_s", "p50_s", "p95_s", "seconds_per_row")
-        words = ["out of memory"] * 4 if "out_of_memory" in entry else [in_words(entry[name]) for name in names]
-        yield (str(entry["rows"]), *words)
+def _number_cells(entries: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for entry in entries:
+        if "out_of_memory" in entry:
+            yield (str(entry["rows"]), "out of memory", *["–"] * 5)
+        else:
+            yield tuple(in_words(value) if isinstance(value, float) else str(value) for value in entry.values())
 
 
 def _op(row: OpRow) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One profile: cold and warm edits untouched, one edit traced, the same one counted, the UNet at several rows."""
+"""One profile: cold and warm edits untouched, one edit traced, the same one counted, several together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from forgedit.config import EditConfig, TuneConfig
 from forgedit.editor import Editor
 from forgedit.errors import InputError
 from forgedit.profile.counts import Counter
-from forgedit.profile.latency import Marks, percentiles, time_unet
+from forgedit.profile.latency import Marks, percentiles, time_batches, time_unet
 from forgedit.profile.ops import OpRow, PhaseRow, build_table
 from forgedit.profile.roofline import Roofline, describe_machine, measure_roofline, wait
 from forgedit.profile.trace import read_phases, recording
@@ -29,7 +29,8 @@ class Profile:
 
     facts: model, machine, versions, settings, for JSON
     latency: 'cold' seconds, each of one call, and 'warm' percentiles of edits, their stages and denoising steps
-    batches: see time_unet; memory: bytes held after each step of the cold tune and edit, see Marks.memory
+    unet_rows: see time_unet; batches: see time_batches
+    memory: bytes held after each step of the cold tune and edit, see Marks.memory
     trace: the JSON that Perfetto opens
     """
 
@@ -39,6 +40,7 @@ class Profile:
     ops: list[OpRow]
     without_flops: list[str]
     latency: dict[str, Any]
+    unet_rows: list[dict[str, Any]]
     batches: list[dict[str, Any]]
     memory: list[dict[str, Any]]
     trace: bytes
@@ -53,7 +55,7 @@ def profile_edit(
     *,
     edits: int = 8,
     traced_steps: int = 4,
-    rows: Sequence[int] = (1, 2, 4, 8),
+    batches: Sequence[int] = (1, 2, 4, 8),
     counted: Editor | None = None,
     on_step: OnStep = None,
     say: Callable[[str], None] = lambda words: None,
@@ -61,7 +63,8 @@ def profile_edit(
     """Tune and edit a photo, and measure how. Nobody else may use the editor meanwhile.
 
     photo, target: as Editor.tune and Editor.edit take them; edit_config: its num_steps is that of the timed edits
-    edits: warm ones to time; traced_steps: denoising steps of the edit that is traced; rows: of the UNet's calls
+    edits: warm ones to time; traced_steps: denoising steps of the edit that is traced, and of those made together
+    batches: numbers of edits to make together, and of rows of a call of the model's own UNet
     counted: an editor with the same model's weights whose ops are all torch's own, to count the phases' FLOPs and
         bytes on, where `editor` runs kernels that are not; None for `editor` itself
     on_step: as Editor.tune takes it; say: is told what comes next
@@ -69,7 +72,7 @@ def profile_edit(
         Editor.tune and Editor.edit raise
     """
     check_target(target)
-    check_counts(edits=[edits], traced_steps=[traced_steps], rows=rows)
+    check_counts(edits=[edits], traced_steps=[traced_steps], batches=batches)
     device = editor.model.alphas_cumprod.device
     machine = describe_machine(device)
     short = replace(edit_config, num_steps=min(traced_steps, edit_config.num_steps))
@@ -93,6 +96,7 @@ def profile_edit(
         warm.append(Marks(device, on_step))
         warm_seconds.append(_timed_edit(session, target, edit_config, warm[-1])[1])
     say(f"traced: tune {tune_config.num_steps} steps, an edit of {short.num_steps}")
+    session.edit(target, short, on_step)  # what an editor makes once for a number of steps is made
     with recording(device) as export:
         work(editor, synchronised)
     trace = export()
@@ -103,7 +107,7 @@ def profile_edit(
     if counted is not None:
         with Counter() as whole:
             work(counted, on_step)
-    say("measured: the roofline, the UNet at " + ", ".join(map(str, rows)) + " rows")
+    say("measured: the roofline; " + ", ".join(map(str, batches)) + " edits together, and rows of the UNet")
     both = [*counter.phases.values(), *whole.phases.values()]
     counts = [(name, count) for phase in both for (name, _), count in phase.items()]
     roofline = measure_roofline(device, {count.dtype for _, count in counts if count.flops})
@@ -124,7 +128,8 @@ def profile_edit(
         ops=ops,
         without_flops=sorted({name for name, count in counts if count.num_bytes} - with_flops),
         latency={"cold": {**cold.stages(), "edit": first_seconds}, "warm": _percentiles(warm_seconds, warm)},
-        batches=time_unet(editor.model.unet, first.latents.to(device), session.embedding, UNET_TIMESTEP, rows),
+        unet_rows=time_unet(editor.model.unet, first.latents.to(device), session.embedding, UNET_TIMESTEP, batches),
+        batches=time_batches(session, target, short, batches, device),
         memory=cold.memory(),
         trace=trace,
     )
