@@ -1,0 +1,61 @@
+"""Other libraries' attention, in the signature of ours: torch's scaled_dot_product_attention and xformers'."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forgedit_kernels.dispatch import HALF
+
+# torch's own kernels, by the names that benches give them
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, kernel: str | None = None) -> Tensor:
+    """torch's attention, on transposed views.
+
+    kernel: one of SDPA_KERNELS; None lets torch choose, except for float32 on CUDA, which goes to math: the efficient
+        kernel splits float32 into TF32 products there
+    Raises: ValueError for an unknown kernel; RuntimeError from torch if the named one cannot run
+    """
+    if kernel is not None and kernel not in SDPA_KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r} of sdpa; expected one of: {', '.join(SDPA_KERNELS)}")
+    if kernel is None and q.is_cuda and q.dtype == torch.float32:
+        kernel = "math"
+    with sdpa_kernel(SDPA_KERNELS[kernel]) if kernel else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+def attention_xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """xformers' memory_efficient_attention, which has our layout."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v, scale=scale).contiguous()
+
+
+def xformers_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What hinders xformers."""
+    if not _xformers_installed():
+        return "xformers is not installed; pip install 'forgedit[gpu]'"
+    if device.type != "cuda":
+        return f"got tensors on {device}, it takes a CUDA device's"
+    if dtype not in HALF:
+        return f"got {dtype}, it takes {', '.join(str(d) for d in HALF)}: its float32 is made of TF32 products"
+    return None
+
+
+@functools.cache
+def _xformers_installed() -> bool:
+    return importlib.util.find_spec("xformers") is not None

@@ -1,0 +1,424 @@
+"""Attention against its reference in float64: Triton's kernel (without a GPU in its interpreter) and torch's own."""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from forgedit_kernels.attention import attention, attention_reference, attention_scores
+from forgedit_kernels.attention_backends import attention_sdpa, attention_xformers, xformers_obstacle
+from forgedit_kernels.jit import interpreted, triton_installed
+
+op = importlib.import_module("forgedit_kernels.attention")  # the package's attribute of that name is the function
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Half a unit in the last place, relative to the largest truth: what one correct rounding may cost.
+FLOORS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
+BACKENDS = [pytest.param("triton", marks=needs_interpreter), "sdpa"]
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _separate(n: int, m: int, d: int, dtype: torch.dtype, batch: int = 1, heads: int = 2, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, rows, heads, d, generator=generator).to(dtype) for rows in (n, m, m))
+    return 3 * q, k, v  # sharper weights than SD's initial ones: errors show
+
+
+def _fused(n: int, m: int, d: int, dtype: torch.dtype) -> Inputs:
+    """Slices of one [B, N, 3, H, D]; of it the first m rows are the keys."""
+    q, k, v = torch.stack(_separate(max(n, m), max(n, m), d, dtype, batch=2), dim=2).unbind(2)
+    return q[:, :n], k[:, :m], v[:, :m]
+
+
+def _expanded(n: int, m: int, d: int, dtype: torch.dtype) -> Inputs:
+    """One prompt's keys for every picture."""
+    q, k, v = _separate(n, m, d, dtype, batch=2)
+    return q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
+
+
+def _amid_nan(n: int, m: int, d: int, dtype: torch.dtype) -> Inputs:
+    """Whatever is read past a row's D columns or past the last row is NaN."""
+    return _amid(_separate(n, m, d, dtype), columns=d + 16)
+
+
+def _unaligned(n: int, m: int, d: int, dtype: torch.dtype) -> Inputs:
+    """Strides that are no multiples of 8."""
+    return _amid(_separate(n, m, d, dtype), columns=d + 17)
+
+
+def _amid(inputs: Inputs, columns: int) -> Inputs:
+    amid = []
+    for x in inputs:
+        wide = torch.full((x.shape[0], x.shape[1] + 256, x.shape[2], columns), float("nan"), dtype=x.dtype)
+        amid.append(wide[:, : x.shape[1], :, : x.shape[3]].copy_(x))
+    return amid[0], amid[1], amid[2]
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    """The largest absolute error; infinite where a NaN is left."""
+    gap = (got.double() - truth).abs()
+    return float("inf") if gap.isnan().any() else float(gap.max())
+
+
+def _bound(inputs: Inputs, scale: float | None = None) -> tuple[Tensor, float]:
+    """The truth, and STYLE's rule: twice the reference's own error in the inputs' dtype, plus the dtype's floor."""
+    q, k, v = inputs
+    truth = attention_reference(q.double(), k.double(), v.double(), scale=scale)
+    own = _error(attention_reference(*inputs, scale=scale), truth)
+    return truth, 2 * own + FLOORS[q.dtype] * float(truth.abs().max())
+
+
+def _check(inputs: Inputs, got: Tensor, scale: float | None = None) -> bool:
+    truth, bound = _bound(inputs, scale)
+    if interpreted() and not got.is_cuda and got.dtype == torch.bfloat16:
+        bound += FLOORS[got.dtype] * float(truth.abs().max())  # its stores truncate: a whole unit in the last place
+    return got.shape == truth.shape and got.is_contiguous() and _error(got, truth) <= bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 77), (64, 64), (257, 77), (130, 256), (300, 300)])
+def test_lengths(n: int, m: int, dtype: torch.dtype, backend: str) -> None:
+    inputs = _separate(n, m, 40, dtype)
+    assert _check(inputs, attention(*inputs, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 64, 80, 104, 160, 256])
+def test_head_dims(head_dim: int, dtype: torch.dtype, backend: str) -> None:
+    inputs = _separate(33, 77, head_dim, dtype)
+    assert _check(inputs, attention(*inputs, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("layout", [_fused, _expanded, _amid_nan, _unaligned])
+def test_layouts(layout: Callable[..., Inputs], head_dim: int, dtype: torch.dtype, backend: str) -> None:
+    inputs = layout(33, 131, head_dim, dtype)
+    assert _check(inputs, attention(*inputs, backend=backend))
+
+
+def _large(dtype: torch.dtype) -> Inputs:
+    """Scores up to some hundreds, whose exponential overflows float32."""
+    q, k, v = _separate(33, 300, 40, dtype)
+    return 8 * q, 8 * k, v
+
+
+def _last_block_matters(dtype: torch.dtype) -> Inputs:
+    """The first 256 keys score about -300, the last 44 about 300."""
+    q, k, v = _separate(33, 300, 40, dtype)
+    sign = torch.ones(300).to(dtype)
+    sign[:256] = -1
+    return 8 + 0.2 * q, sign[None, :, None, None] * (6 + 0.2 * k), v
+
+
+def _first_block_matters(dtype: torch.dtype) -> Inputs:
+    q, k, v = _last_block_matters(dtype)
+    return q, k.flip(1), v
+
+
+EXTREMES = [_large, _last_block_matters, _first_block_matters]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_scores(extreme: Callable[[torch.dtype], Inputs], dtype: torch.dtype, backend: str) -> None:
+    inputs = extreme(dtype)
+    assert _check(inputs, attention(*inputs, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale(backend: str) -> None:
+    inputs = _separate(33, 77, 40, torch.float32)
+    assert _check(inputs, attention(*inputs, scale=0.5, backend=backend), scale=0.5)
+    assert not _check(inputs, attention(*inputs, scale=0.5, backend=backend))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [{"BLOCK_N": 16, "BLOCK_M": 16}, {"BLOCK_N": 64, "BLOCK_M": 32}], ids=str)
+def test_any_blocks(blocks: dict[str, int], dtype: torch.dtype) -> None:
+    inputs = _separate(33, 77, 40, dtype, heads=1)
+    got, lse = op._attention_triton(*inputs, 40**-0.5, blocks=blocks)
+    assert _check(inputs, got) and lse is None
+
+
+def _log_sum_exp_holds(inputs: Inputs, lse: Tensor) -> bool:
+    """The rule in float32, the dtype of the result, whatever the inputs' is."""
+    q, k, _ = inputs
+    scale = q.shape[-1] ** -0.5
+    truth = attention_scores(q.double(), k.double(), scale).logsumexp(-1)
+    own = _error(attention_scores(q.float(), k.float(), scale).logsumexp(-1), truth)
+    return _error(lse, truth) <= 2 * own + FLOORS[torch.float32] * float(truth.abs().max())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [lambda dtype: _separate(300, 77, 40, dtype), *EXTREMES], ids=["plain", *range(3)])
+def test_log_sum_exp(make: Callable[[torch.dtype], Inputs], dtype: torch.dtype) -> None:
+    inputs = make(dtype)
+    got, lse = op._attention_triton(*inputs, 40**-0.5, with_lse=True)
+    assert lse is not None and lse.shape == (1, 2, len(inputs[0][0]))
+    assert _log_sum_exp_holds(inputs, lse) and _check(inputs, got)
+    for wrong in (lse / 0.6931471805599453, lse - lse.mean(-1, keepdim=True), lse + 1e-3 * lse.abs().max()):
+        assert not _log_sum_exp_holds(inputs, wrong)
+
+
+def _blockwise(inputs: Inputs, flaw: str, block: int = 128) -> Tensor:
+    """The kernel's algorithm in plain torch, with a flaw."""
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    keys, head_dim = k.shape[2], q.shape[3]
+    if flaw == "keys past the end":
+        missing = -keys % block
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (k, v))
+    if flaw == "columns past the head":  # the next head's, as memory has them
+        q, k = (torch.cat([x, x.roll(-1, 1)[..., :8]], dim=3) for x in (q, k))
+    scale = 1.0 if flaw == "no scale" else head_dim**-0.5
+    start = 0.0 if flaw == "no running maximum" else float("-inf")
+    top = torch.full((*q.shape[:3], 1), start)
+    total, acc = torch.zeros_like(top), torch.zeros(*q.shape[:3], head_dim)
+    for first in range(0, k.shape[2], block):
+        scores = scale * q @ k[:, :, first : first + block].mT
+        new_top = top if flaw == "no running maximum" else torch.maximum(top, scores.amax(-1, keepdim=True))
+        weights, rescale = (scores - new_top).exp(), (top - new_top).exp()
+        total = total * (1 if flaw == "sum not rescaled" else rescale) + weights.sum(-1, keepdim=True)
+        acc = acc * (1 if flaw == "accumulator not rescaled" else rescale) + weights @ v[:, :, first : first + block]
+        top = new_top
+    return (acc / total).transpose(1, 2).contiguous()
+
+
+FLAWS = {
+    "keys past the end": _separate(33, 77, 40, torch.float32),
+    "columns past the head": _separate(33, 77, 40, torch.float32),
+    "no scale": _separate(33, 77, 40, torch.float32),
+    "no running maximum": _large(torch.float32),
+    "accumulator not rescaled": _separate(33, 300, 40, torch.float32),
+    "sum not rescaled": _separate(33, 300, 40, torch.float32),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_wrong_attention_is_rejected(flaw: str) -> None:
+    assert _check(FLAWS[flaw], _blockwise(FLAWS[flaw], "none"))
+    assert not _check(FLAWS[flaw], _blockwise(FLAWS[flaw], flaw))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wrong_half_precision_is_rejected(dtype: torch.dtype) -> None:
+    inputs = _separate(33, 300, 40, dtype)
+    wrong = _blockwise((inputs[0].float(), inputs[1].float(), inputs[2].float()), "accumulator not rescaled")
+    assert not _check(inputs, wrong.to(dtype))
+
+
+@needs_interpreter
+def test_auto_on_the_cpu_takes_sdpa_and_obeys_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _separate(33, 77, 40, torch.float32)
+    taken: list[str] = []
+    monkeypatch.setattr(op, "attention_sdpa", lambda q, k, v, scale: taken.append("sdpa") or q)
+    monkeypatch.setattr(op, "attention_reference", lambda q, k, v, scale: taken.append("reference") or q)
+    attention(*inputs)
+    keys: list[str] = []
+    monkeypatch.setattr(op.table, "preferred", lambda name, device, key: keys.append(key) or "reference")
+    attention(*inputs)
+    assert taken == ["sdpa", "reference"]
+    assert keys == ["d40 n33 m77 float32"]
+
+
+def test_the_tables_blocks_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _separate(33, 77, 40, torch.float32, heads=1)
+    measured = {"BLOCK_N": 16, "BLOCK_M": 32, "num_warps": 2}
+    asked: list[str] = []
+    taken: list[dict[str, int]] = []
+    monkeypatch.setattr(op.table, "blocks", lambda name, device, key: asked.append(key) or measured)
+    monkeypatch.setattr(op, "_attention_triton", lambda q, k, v, scale, blocks: taken.append(blocks) or (q, None))
+    monkeypatch.setattr(op, "choose", lambda *_: "triton")
+    attention(*inputs)
+    assert asked == ["d40 n33 m77 float32"] and taken == [measured]
+
+
+def test_float64_is_exact_and_not_tritons() -> None:
+    inputs = _separate(33, 77, 40, torch.float64)
+    torch.testing.assert_close(attention(*inputs), attention_reference(*inputs), rtol=1e-13, atol=1e-13)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run attention"):
+        attention(*inputs, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_gradients_flow(backend: str) -> None:
+    q, k, v = (x.requires_grad_() for x in _separate(5, 7, 40, torch.float64))
+    got = torch.autograd.grad(attention(q, k, v, backend=backend).square().sum(), (q, k, v))
+    truth = torch.autograd.grad(attention_reference(q, k, v).square().sum(), (q, k, v))
+    torch.testing.assert_close(got, truth)
+
+
+@needs_interpreter
+def test_triton_refuses_what_it_cannot_do() -> None:
+    q, k, v = _separate(5, 7, 40, torch.float32)
+    with pytest.raises(RuntimeError, match=r"carries no gradient.*torch.no_grad\(\)"):
+        attention(q, k.requires_grad_(), v, backend="triton")
+    with torch.no_grad():
+        assert not attention(q, k, v, backend="triton").requires_grad
+    with pytest.raises(RuntimeError, match="got head dim 44, it takes multiples of 8 up to 256"):
+        attention(*_separate(5, 7, 44, torch.float32), backend="triton")
+    inputs = _separate(5, 7, 44, torch.float32)
+    assert _check(inputs, attention(*inputs))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *BACKENDS])
+@pytest.mark.parametrize(("batch", "n"), [(0, 3), (2, 0)])
+def test_no_queries_is_no_work(batch: int, n: int, backend: str) -> None:
+    inputs = _separate(n, 7, 40, torch.float32, batch=batch)
+    assert attention(*inputs, backend=backend).shape == (batch, n, 2, 40)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ((3, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8), r"q must be \[B, N, H, D\]"),
+        ((1, 3, 0, 8), (1, 4, 0, 8), (1, 4, 0, 8), "H and D at least 1"),
+        ((1, 3, 2, 8), (4, 2, 8), (1, 4, 2, 8), r"k must be \[1, M, 2, 8\]"),
+        ((1, 3, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8), r"k must be \[1, M, 2, 8\] .*, got shape \[2, 4, 2, 8\]"),
+        ((1, 3, 2, 8), (1, 4, 2, 8), (1, 4, 1, 8), r"v must be \[1, M, 2, 8\]"),
+        ((1, 3, 2, 8), (1, 4, 2, 8), (1, 4, 2, 16), r"v must be \[1, M, 2, 8\]"),
+        ((1, 3, 2, 8), (1, 0, 2, 8), (1, 0, 2, 8), "M at least 1"),
+        ((1, 3, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8), "equally many rows, got 4 and 5"),
+    ],
+)
+def test_wrong_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(torch.ones(q), torch.ones(k), torch.ones(v))
+
+
+def test_wrong_tensors_and_names() -> None:
+    x = torch.ones(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"k must be torch.float32 on cpu like q, got torch.float16"):
+        attention(x, x.half(), x)
+    with pytest.raises(ValueError, match=r"v must be torch.float32 on cpu like q, got torch.float32 on meta"):
+        attention(x, x, x.to("meta"))
+    with pytest.raises(ValueError, match=r"q must be floating point, got torch.int32"):
+        attention(x.int(), x.int(), x.int())
+    with pytest.raises(ValueError, match="v must have stride 1 along D, got strides"):
+        attention(x, x, torch.ones(1, 4, 8, 2).mT)
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            attention(x, x, x, scale=scale)
+    with pytest.raises(ValueError, match="unknown backend 'flash' for attention; expected one of: auto"):
+        attention(x, x, x, backend="flash")
+    with pytest.raises(ValueError, match="unknown kernel 'fast' of sdpa; expected one of: flash, cudnn"):
+        attention_sdpa(x, x, x, 1.0, kernel="fast")
+
+
+def test_sdpa_kernels_by_name() -> None:
+    inputs = _separate(33, 77, 40, torch.float32)
+    for kernel in ("flash", "math"):  # the two that torch has on the CPU
+        assert _check(inputs, attention_sdpa(*inputs, 40**-0.5, kernel=kernel))
+
+
+def test_xformers_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(1, 4, 2, 8)
+    monkeypatch.setattr("forgedit_kernels.attention_backends._xformers_installed", lambda: False)
+    with pytest.raises(RuntimeError, match=r"xformers is not installed; pip install 'forgedit\[gpu\]'"):
+        attention(x, x, x, backend="xformers")
+    monkeypatch.setattr("forgedit_kernels.attention_backends._xformers_installed", lambda: True)
+    with pytest.raises(RuntimeError, match="got tensors on cpu, it takes a CUDA device's"):
+        attention(x, x, x, backend="xformers")
+    assert "TF32" in (xformers_obstacle(torch.device("cuda"), torch.float32) or "")
+    assert xformers_obstacle(torch.device("cuda"), torch.bfloat16) is None
+
+
+def test_xformers_is_called_in_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in of the documented signature, [B, M, H, K] in and out: the package has no CPU operator."""
+    xformers_ops = types.ModuleType("xformers.ops")
+
+    def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return attention_reference(query, key, value, scale=scale)
+
+    monkeypatch.setattr(xformers_ops, "memory_efficient_attention", memory_efficient_attention, raising=False)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers_ops)
+    inputs = _separate(33, 77, 40, torch.float32)
+    assert torch.equal(attention_xformers(*inputs, 0.5), attention_reference(*inputs, scale=0.5))
+
+
+@pytest.mark.parametrize("least", [8, 16])
+def test_pieces_cover_every_head_dim(least: int) -> None:
+    for head_dim in range(8, 257, 8):
+        first, second = op._pieces(head_dim, least)
+        assert first + second >= head_dim and first >= least and (second == 0 or least <= second <= first)
+        assert all(width & (width - 1) == 0 for width in (first, second))
+    assert [op._pieces(d, least) for d in (32, 64, 80, 160)] == [(32, 0), (64, 0), (64, 16), (128, 32)]
+    assert op._pieces(40, least) == (32, least)
+
+
+@needs_triton
+def test_variants_give_each_argument_once() -> None:
+    shipped = op.variants()
+    assert len({(v.name, v.archs) for v in shipped}) == len(shipped)
+    for variant in shipped:
+        given = [*variant.signature, *variant.constexprs]
+        assert sorted(given) == sorted(variant.kernel.arg_names), variant.name
+    wide = {v.constexprs["D"]: v.constexprs["D1"] + v.constexprs["D2"] for v in shipped}
+    assert wide == {32: 32, 40: 48, 64: 64, 80: 80, 160: 160}
+
+
+# tokens, heads and head dim of SD 1.x's four resolutions at 512x512 and of SD 2.x's largest, and a ragged one
+REAL = [(4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160), (4096, 5, 64), (1350, 8, 40)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "sdpa", "xformers"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", ["own", "prompt"])
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), REAL)
+def test_real_shapes_on_cuda(
+    tokens: int, heads: int, head_dim: int, keys: str, dtype: torch.dtype, backend: str
+) -> None:
+    if backend == "xformers":
+        pytest.importorskip("xformers", reason="the extra forgedit[gpu] is not installed")
+        if dtype == torch.float32:
+            pytest.skip("xformers multiplies float32 in TF32")
+    m = tokens if keys == "own" else 77
+    q, k, v = (x.cuda() for x in _separate(tokens, m, head_dim, dtype, heads=heads))
+    assert _check((q, k, v), attention(q, k, v, backend=backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [*range(8, 257, 8)])
+def test_head_dims_on_cuda(head_dim: int, dtype: torch.dtype) -> None:
+    q, k, v = (x.cuda() for x in _separate(257, 300, head_dim, dtype))
+    assert _check((q, k, v), attention(q, k, v, backend="triton"))
+
+
+def _on_cuda(x: Tensor) -> Tensor:
+    """The same view of the same storage; `.cuda()` alone would leave out what lies between."""
+    storage = x.new_empty(0).set_(x.untyped_storage()).cuda()
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [_fused, _expanded, _amid_nan, _unaligned])
+def test_layouts_on_cuda(make: Callable[..., Inputs], dtype: torch.dtype) -> None:
+    for q, k, v in (make(257, m, 40, dtype) for m in (77, 256, 300)):
+        on_cuda = _on_cuda(q), _on_cuda(k), _on_cuda(v)
+        assert _check(on_cuda, attention(*on_cuda, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_scores_and_log_sum_exp_on_cuda(extreme: Callable[[torch.dtype], Inputs], dtype: torch.dtype) -> None:
+    q, k, v = (x.cuda() for x in extreme(dtype))
+    got, lse = op._attention_triton(q, k, v, 40**-0.5, with_lse=True)
+    assert lse is not None and _check((q, k, v), got) and _log_sum_exp_holds((q, k, v), lse)
