@@ -61,7 +61,8 @@ def _style(axes: Axes, title: str) -> None:
 
 def _origin(profile: Profile) -> str:
     machine = profile.facts["machine"]
-    return f"{machine['device']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, load {machine['load']}, {machine['time'][:10]}"
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
+    return f"{machine['device']}, {threads}, load {machine['load']}, {machine['time'][:10]}"
 
 
 def _roofline(profile: Profile) -> Figure:

@@ -66,13 +66,14 @@ def markdown(profile: Profile) -> str:
     """The tables, for people."""
     facts, machine, roof = profile.facts, profile.facts["machine"], profile.roofline
     on_gpu = facts["device"].startswith("cuda")
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     size = "x".join(map(str, facts["edited_size"]))
     peaks = ", ".join(f"{speed / 1e9:,.1f} GFLOP/s in {dtype}" for dtype, speed in roof.peak.items())
     sample = next((row for row in profile.phases if row.phase == "sample"), None)
     lines = [
         f"# Profile of {facts['model']}, {size} pixels",
         "",
-        f"{machine['device']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, load {machine['load']}, {machine['time']}. "
+        f"{machine['device']}, {threads}, load {machine['load']}, {machine['time']}. "
         f"torch {facts['versions']['torch']}, triton {machine['triton']}, backend {facts['backend']}.",
         "",
         f"Roofline, measured in this run: {peaks}; {roof.bandwidth / 1e9:,.1f} GB/s read and written.",
