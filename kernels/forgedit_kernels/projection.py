@@ -1,0 +1,142 @@
+"""A matrix product with what stands before and after it: LayerNorm, bias, residual, GEGLU's gate.
+
+norm_linear:      y = LayerNorm(x) W^T + b                 queries, keys and values side by side in W
+linear_residual:  y = x W^T + b + r                        output projections, 1x1 convolutions on tokens
+norm_geglu:       y = value * gelu(gate)                   value, gate: the halves of LayerNorm(x) W^T + b
+
+Sources: Ba et al. 2016, arXiv 1607.06450 (LayerNorm); Shazeer 2020, arXiv 2002.05202 (GEGLU, its gelu exact, with erf).
+Least work for M rows of K and N columns: read x and W and write y, MK + NK + MN elements, MN more for a residual;
+2 MNK operations. GEGLU's W has 2F rows and its y F columns: what lies between, [M, 2F], stays in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forgedit_kernels import table
+from forgedit_kernels.dispatch import choose, triton_obstacle
+from forgedit_kernels.projection_triton import DTYPES, LONGEST_ROW, projection_triton, shape_key
+
+
+def norm_linear_reference(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """LayerNorm, then the product, in plain torch, in the tensors' own dtype."""
+    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias)
+
+
+def linear_residual_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """The product, then the residual, in plain torch, in the tensors' own dtype."""
+    return F.linear(x, weight, bias) + residual
+
+
+def norm_geglu_reference(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5
+) -> Tensor:
+    """LayerNorm, the product, then the gate, in plain torch, in the tensors' own dtype."""
+    value, gate = norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def _check(x: Tensor, weight: Tensor, **others: Tensor | None) -> list[Tensor]:
+    """All the tensors there are. Raises: ValueError if they do not fit together"""
+    if not x.dim() or not x.shape[-1] or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [..., K], K at least 1, got {x.dtype} {list(x.shape)}")
+    *leading, k = x.shape
+    if weight.dim() != 2 or weight.shape[1] != k:
+        raise ValueError(f"weight must be [N, {k}] for x of {list(x.shape)}, got {list(weight.shape)}")
+    n = weight.shape[0]
+    shapes = {"norm_weight": [k], "norm_bias": [k], "weight": [n, k], "bias": [n], "residual": [*leading, n]}
+    tensors = {"weight": weight} | {name: tensor for name, tensor in others.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} must have the shape {shapes[name]}, got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
+    return [x, *tensors.values()]
+
+
+def _triton_obstacle(op: str, tensors: list[Tensor]) -> str | None:
+    x = tensors[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
+    if op != "linear_residual" and x.shape[-1] > LONGEST_ROW:
+        return f"got rows of {x.shape[-1]}, it normalises at most {LONGEST_ROW}"
+    return triton_obstacle(x.device, x.dtype, tuple(DTYPES))
+
+
+def _preferred(op: str, x: Tensor, weight: Tensor) -> str | None:
+    """What was measured; else in float32 on CUDA the reference, whose products are cuBLAS's."""
+    unmeasured = "reference" if x.is_cuda and x.dtype == torch.float32 else None
+    return table.preferred(op, x.device, shape_key(x, weight)) or unmeasured
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm over the last axis, then x @ weight.T + bias.
+
+    x: [..., K], float16/bfloat16/float32 (float64: reference); read in place where its last axis has stride 1 and its
+        leading axes collapse into one, as in a part of a fused matrix or a channels-last map's tokens; else copied
+    norm_weight, norm_bias: [K]; weight: [N, K]; bias: [N]; all of x's dtype and device
+    Returns: [..., N], contiguous
+    Raises: ValueError for arguments; RuntimeError if a named backend cannot run
+    """
+    op = "norm_linear"
+    tensors = _check(x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
+    obstacles = {"triton": lambda: _triton_obstacle(op, tensors)}
+    if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
+        return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))
+    return norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
+
+
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """x @ weight.T + bias + residual.
+
+    x, weight, bias: as of norm_linear; residual: [..., N], read as x is
+    Returns: [..., N], contiguous
+    Raises: ValueError for arguments; RuntimeError if a named backend cannot run
+    """
+    op = "linear_residual"
+    tensors = _check(x, weight, bias=bias, residual=residual)
+    obstacles = {"triton": lambda: _triton_obstacle(op, tensors)}
+    if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
+        return projection_triton(op, x, weight, bias, residual=residual)
+    return linear_residual_reference(x, weight, bias, residual)
+
+
+def norm_geglu(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm over the last axis, then x @ weight.T + bias, whose first half is multiplied by the gelu of its second.
+
+    x, norm_weight, norm_bias: as of norm_linear; weight: [2F, K]; bias: [2F]
+    Returns: [..., F], contiguous
+    Raises: ValueError for arguments; RuntimeError if a named backend cannot run
+    """
+    op = "norm_geglu"
+    tensors = _check(x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight must have an even number of rows, values and then gates, got {weight.shape[0]}")
+    obstacles = {"triton": lambda: _triton_obstacle(op, tensors)}
+    if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
+        return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))
+    return norm_geglu_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
