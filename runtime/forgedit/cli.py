@@ -1,4 +1,4 @@
-"""The command line: edit, tune, sweep, caption, info, demo.
+"""The command line: edit, tune, sweep, caption, info, demo, profile.
 
 Exit codes: 0 done; 1 the machine or the model failed; 2 wrong input, nothing was written; 130 interrupted, what was
 finished is kept.
@@ -21,11 +21,15 @@ from forgedit.config import EditConfig, SweepConfig, TuneConfig
 from forgedit.console import Console, showing_log
 from forgedit.delta import DELTA_FORMATS
 from forgedit.editor import Editor
+from forgedit.engine.numerics import NUMERICS
+from forgedit.engine.plan import parse_bytes
 from forgedit.errors import ForgeditError, InputError, SessionError
 from forgedit.flags import add_flags
 from forgedit.job import check_job
 from forgedit.model.hub import is_hub_id
+from forgedit.profile import add_profile_flags, run_profile
 from forgedit.run import run_job
+from forgedit_kernels.dispatch import BACKENDS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +81,23 @@ def _parser() -> argparse.ArgumentParser:
         help="what the model predicts; left out: what it says itself, which a 2.x checkpoint may not",
     )
     everywhere.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda")
-    everywhere.add_argument("--backend", default="auto", help="auto, reference or native")
+    everywhere.add_argument(
+        "--backend",
+        default="auto",
+        help=f"of the kernels: {', '.join(BACKENDS)}; an op that lacks the one named chooses for itself",
+    )
+    everywhere.add_argument(
+        "--numerics",
+        choices=tuple(NUMERICS),
+        default="exact",
+        help="what edits compute in: exact (float32), fast (bfloat16), fast-float16, or the method's plain path",
+    )
+    everywhere.add_argument(
+        "--memory",
+        metavar="BYTES",
+        type=_bytes,
+        help="what edits may hold on the device, such as 8GB; decides how many are made together",
+    )
     everywhere.add_argument(
         "--threads",
         type=int,
@@ -105,21 +125,24 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sub, TuneConfig)
     command("caption", "say what is in a photo").add_argument("photo", metavar="PHOTO", type=Path)
     command("info", "say what the model, the machine and the recommended settings are")
+    add_profile_flags(command("profile", "trace and measure a tune and edits: ops, roofline, latencies, memory"))
     sub = command("demo", "tune, edit and sweep the photo that comes with the model")
     sub.add_argument("--out", metavar="DIR", type=Path, default=Path("out/demo"))
     return parser
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     _set_machine(args)
     job = None if args.command == "info" else check_job(args)
     begin = time.perf_counter()
-    try:
-        editor = Editor.from_pretrained(
-            args.model, args.device, args.backend, args.captioner, args.tokenizer, args.prediction_type
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    editor = _editor(args, args.numerics)
     load_seconds = time.perf_counter() - begin
     if job is None:
         facts = {**editor.info(), "threads": torch.get_num_threads(), "recommended": asdict(editor.defaults)}
@@ -132,7 +155,28 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.event("caption", caption=caption)
         console.text(caption)
         return 0
+    if args.command == "profile":
+        # our kernels hide their arithmetic; what it is gets counted on the method's plain path
+        counted = None if args.numerics == "reference" else _editor(args, "reference")
+        return run_profile(job, args, editor, console, counted)
     return run_job(job, args, editor, console, load_seconds)
+
+
+def _editor(args: argparse.Namespace, numerics: str) -> Editor:
+    """Raises: InputError for a backend that cannot run here; ModelError."""
+    try:
+        return Editor.from_pretrained(
+            args.model,
+            device=args.device,
+            backend=args.backend,
+            captioner=args.captioner,
+            tokenizer=args.tokenizer,
+            prediction_type=args.prediction_type,
+            numerics=numerics,
+            memory_bytes=args.memory,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _set_machine(args: argparse.Namespace) -> None:

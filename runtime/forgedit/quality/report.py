@@ -28,6 +28,7 @@ def describe_edit(edit: Edit, session: Session, file: str) -> dict[str, Any]:
 
     file: where the picture lies, relative to the report
     cut: the target's words beyond the model's tokens; '' if none
+    is_reference_schedule: whether the denoising is the method's, or another scheduler's
     psnr_to_original: decibels against session.source, at the edited size; None if equal (JSON has no infinity)
     """
     decibels = psnr(edit.image, session.source)
@@ -36,6 +37,7 @@ def describe_edit(edit: Edit, session: Session, file: str) -> dict[str, Any]:
         "cut": edit.cut,
         "psnr_to_original": decibels if math.isfinite(decibels) else None,
         "settings": asdict(edit.config),
+        "is_reference_schedule": edit.config.scheduler == "ddim",
         "seconds": edit.seconds,
     }
 
