@@ -27,5 +27,9 @@ class EditDiverged(ForgeditError, RuntimeError):
     """The latents stopped being finite; lower the strength or the guidance. The weights are the originals again."""
 
 
+class DeadlineExceeded(ForgeditError, RuntimeError):
+    """The job cannot be done within the seconds allowed; give more, or ask for less. Nothing was started."""
+
+
 class Cancelled(ForgeditError):
     """The caller's cancel event was set; the weights are the originals again."""

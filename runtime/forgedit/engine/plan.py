@@ -1,0 +1,242 @@
+"""How many edits are sampled together: the memory that sampling needs, from the architecture, before anything runs.
+
+Activations are counted in elements at the worst moment of a forward pass, as diffusers' modules hold them. A UNet holds
+its skip connections, what a block was given, and what the layer at work holds (see _resnet and _TRANSFORMER); the worst
+moment is mostly the feed-forward part of the last, largest transformer. The fused engine holds less than that.
+Not counted: the CUDA context and the workspaces of libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+CPU_EDITS = 8  # together, where no budget is set: more gain little on a CPU, and make the first picture wait
+MOST_EDITS = 64  # together, whatever the budget
+
+# Feature maps of a transformer's width while it multiplies by its gate: the map given, its tokens, the sum after each
+# attention's output and that output, the normed tokens; the doubled hidden layer (8), the gate's GELU (4), product (4)
+_TRANSFORMER = 21
+_ATTENTION = 9  # of the VAE's middle: the map given, normed, Q, K, V, the result, and copies between the layouts
+_UPSAMPLE = 1 + 4 + 4  # the map given, enlarged twice each way, convolved
+
+# Latents in float32 for one edit: themselves, a copy, and two answers that a multistep sampler remembers
+_LATENTS = 4
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What sampling is predicted to take, all in bytes but the batch.
+
+    batch: edits sampled together
+    weights: what lies there already; latents: with the UNet's input, its answer and the embeddings
+    activations: of the UNet; prompts: cached keys and values of the cross-attentions; decode: of the VAE
+    """
+
+    batch: int
+    weights: int
+    latents: int
+    activations: int
+    prompts: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        """Their sum: what a captured graph used stays reserved while pictures are decoded."""
+        return self.weights + self.latents + self.activations + self.prompts + self.decode
+
+
+def plan_sampling(
+    unet: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    height: int,
+    width: int,
+    *,
+    itemsize: int,
+    weights: int,
+    budget: int | None,
+    tokens: int = 77,
+    guided: bool = True,
+    decode_batch: int = 1,
+    most: int = MOST_EDITS,
+) -> SamplingPlan:
+    """The largest batch of edits whose predicted peak fits the budget.
+
+    unet, vae: diffusers' configurations of a Stable Diffusion 1.x or 2.x
+    height, width: of the latents; itemsize: bytes an element of the UNet's and VAE's dtype
+    weights: bytes that lie there whatever the batch: all weights, and on a GPU anything else
+        (torch.cuda.memory_allocated())
+    budget: bytes in all, see parse_bytes and device_budget; None takes CPU_EDITS
+    tokens: of a prompt; guided: two rows of the UNet's batch an edit, else one
+    decode_batch: pictures decoded together, at most; most: edits together, at most
+    Raises: RuntimeError if not even one edit fits
+    """
+    rows = 2 if guided else 1
+    area = unet["in_channels"] * height * width
+    embeddings = tokens * unet["cross_attention_dim"]
+    one = SamplingPlan(
+        batch=1,
+        weights=weights,
+        latents=_LATENTS * 4 * area + itemsize * rows * (2 * area + embeddings),
+        activations=itemsize * rows * unet_activations(unet, height, width),
+        prompts=itemsize * rows * tokens * prompt_channels(unet),
+        decode=itemsize * decode_activations(vae, height, width),
+    )
+    if budget is None:
+        return _times(one, min(CPU_EDITS, most), decode_batch)
+    if one.peak > budget:
+        parts = ("weights", "latents", "activations", "prompts", "decode")
+        shares = ", ".join(f"{name} {show_bytes(getattr(one, name))}" for name in parts)
+        raise RuntimeError(
+            f"one edit of {height} by {width} latents needs {show_bytes(one.peak)} ({shares}), the budget is "
+            f"{show_bytes(budget)}; give more memory, or take a smaller picture or half precision"
+        )
+    fitting = (_times(one, batch, decode_batch) for batch in range(most, 0, -1))
+    return next(plan for plan in fitting if plan.peak <= budget)
+
+
+def _times(one: SamplingPlan, batch: int, decode_batch: int) -> SamplingPlan:
+    return replace(
+        one,
+        batch=batch,
+        latents=batch * one.latents,
+        activations=batch * one.activations,
+        prompts=batch * one.prompts,
+        decode=min(batch, decode_batch) * one.decode,
+    )
+
+
+def unet_activations(config: Mapping[str, Any], height: int, width: int) -> int:
+    """Elements that one row's forward pass holds at its worst moment, without its input, the prompt, and what is made
+    of the prompt, which is cached.
+
+    config: of a UNet2DConditionModel with a middle block that attends; height, width: of the latents
+    """
+    channels = config["block_out_channels"]
+    attends = ["CrossAttn" in name for name in config["down_block_types"]]
+    layers = _each(config["layers_per_block"], len(channels))
+    pixels = _pixels(height, width, len(channels))
+    time = 10 * channels[0]  # sines, their embedding (4 times as wide), and that again while a block projects it
+    skips = [channels[0] * pixels[0]]
+    moments = []
+    before = channels[0]
+    for level, (c, area) in enumerate(zip(channels, pixels, strict=True)):
+        for _ in range(layers[level]):
+            moments.append(sum(skips) + area * max(_resnet(before, c), attends[level] * _TRANSFORMER * c))
+            skips.append(c * area)
+            before = c
+        if level + 1 < len(channels):
+            skips.append(c * pixels[level + 1])
+    moments.append(sum(skips) + _TRANSFORMER * channels[-1] * pixels[-1])
+    before, given = channels[-1], channels[-1] * pixels[-1]
+    for level, c, area, attend in zip(
+        reversed(range(len(channels))),
+        reversed(channels),
+        reversed(pixels),
+        ("CrossAttn" in name for name in config["up_block_types"]),
+        strict=True,
+    ):
+        count = layers[level] + 1
+        own, held = skips[-count:], sum(skips) + given  # a block's own skips are let go when it ends
+        for skip in reversed(own):
+            joined = before + skip // area
+            moments.append(held + area * max(joined + _resnet(joined, c), attend * _TRANSFORMER * c))
+            before = c
+        del skips[-count:]
+        given = c * pixels[max(level - 1, 0)]
+        if level > 0:
+            moments.append(held + c * (area + 2 * pixels[level - 1]))
+    return time + max(moments)
+
+
+def prompt_channels(config: Mapping[str, Any]) -> int:
+    """Channels of all cached keys and values of one token: two for each channel of each cross-attention."""
+    channels = config["block_out_channels"]
+    layers = _each(config["layers_per_block"], len(channels))
+    down = sum(
+        c * count
+        for c, count, name in zip(channels, layers, config["down_block_types"], strict=True)
+        if "CrossAttn" in name
+    )
+    up = sum(
+        c * (count + 1)
+        for c, count, name in zip(channels[::-1], layers[::-1], config["up_block_types"], strict=True)
+        if "CrossAttn" in name
+    )
+    return 2 * (down + channels[-1] + up)
+
+
+def decode_activations(config: Mapping[str, Any], height: int, width: int) -> int:
+    """Elements that decoding one picture holds at its worst moment, its latents unscaled and converted among them.
+
+    config: of an AutoencoderKL; height, width: of the latents
+    """
+    channels = config["block_out_channels"][::-1]
+    area = height * width
+    moments = [_ATTENTION * channels[0] * area]
+    for level, (before, c) in enumerate(pairwise((channels[0], *channels))):
+        given = before * area
+        moments.append(given + area * max(_resnet(before, c), c + _resnet(c, c)))
+        if level + 1 < len(channels):
+            moments.append(given + _UPSAMPLE * c * area)
+            area *= 4
+    return 2 * config["latent_channels"] * height * width + max(moments)
+
+
+def _resnet(c: int, out: int) -> int:
+    """Maps that a ResNet block holds beside the one it was given: two after the norm, one of each at a convolution, and
+    at its end the result before and after the scale, the last convolution's, and the shortcut's if there is one."""
+    return max(2 * c, c + out, (3 + (c != out)) * out)
+
+
+def _pixels(height: int, width: int, levels: int) -> list[int]:
+    sides = [(height, width)]
+    for _ in range(levels - 1):
+        sides.append(((sides[-1][0] + 1) // 2, (sides[-1][1] + 1) // 2))
+    return [h * w for h, w in sides]
+
+
+def _each(value: int | Sequence[int], count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value)
+
+
+def device_budget(device: torch.device) -> int | None:
+    """Bytes this process can have on a CUDA device, what it holds included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def parse_bytes(text: str) -> int:
+    """'8GB' as bytes. kB, MB, GB, TB are powers of 1000, KiB, MiB, GiB, TiB powers of 1024; in either case, 'B' or no
+    unit is bytes. A fraction of a byte is dropped.
+
+    Raises: ValueError for anything else, or less than one byte
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(
+            f"cannot read {text!r} as an amount of memory; expected a number and a unit: kB, MB, GB, TB (powers of "
+            "1000) or KiB, MiB, GiB, TiB (powers of 1024), such as 8GB"
+        )
+    amount = int(Fraction(match[1]) * _UNITS[match[2].lower()])
+    if amount < 1:
+        raise ValueError(f"{text!r} is less than one byte; expected an amount of memory such as 8GB")
+    return amount
+
+
+def show_bytes(amount: int) -> str:
+    """Bytes for a reader, in GB or MB."""
+    return f"{amount / 1e9:.2f} GB" if amount >= 1e9 else f"{amount / 1e6:.2f} MB"
