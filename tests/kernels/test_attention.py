@@ -100,10 +100,10 @@ def test_head_dims(head_dim: int, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize(("m", "head_dim"), [(131, 40), (256, 40), (131, 64)])
 @pytest.mark.parametrize("layout", [_fused, _expanded, _amid_nan, _unaligned])
-def test_layouts(layout: Callable[..., Inputs], head_dim: int, dtype: torch.dtype, backend: str) -> None:
-    inputs = layout(33, 131, head_dim, dtype)
+def test_layouts(layout: Callable[..., Inputs], m: int, head_dim: int, dtype: torch.dtype, backend: str) -> None:
+    inputs = layout(33, m, head_dim, dtype)
     assert _check(inputs, attention(*inputs, backend=backend))
 
 
