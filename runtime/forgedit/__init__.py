@@ -6,6 +6,7 @@ from forgedit.config import STRATEGIES, Defaults, EditConfig, SweepConfig, TuneC
 from forgedit.editor import Editor
 from forgedit.errors import (
     Cancelled,
+    DeadlineExceeded,
     EditDiverged,
     ForgeditError,
     InputError,
@@ -19,6 +20,7 @@ from forgedit.session import Edit, SavedSession, Session
 __all__ = [
     "STRATEGIES",
     "Cancelled",
+    "DeadlineExceeded",
     "Defaults",
     "Edit",
     "EditConfig",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import platform
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import groupby
@@ -18,30 +19,32 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
+from forgedit.engine.batch import expected_seconds, make_batch, together, warm_up
+from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import check_numerics, true_float32
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
-from forgedit.errors import EditDiverged, ModelError, TuneDiverged
+from forgedit.engine.stats import Stats, check_deadline
+from forgedit.errors import ModelError, TuneDiverged
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
+from forgedit.prompts import Prompts
+from forgedit.quality.report import peak_bytes
 from forgedit.session import Edit, Session, read_session
 from forgedit.session_file import base_fingerprint
 from forgedit.stages.caption import caption_photo
 from forgedit.stages.encode import (
-    Prompt,
     check_prompt,
     check_target,
     encode_image,
     encode_prompt,
     resize_photo,
-    tokenize,
 )
 from forgedit.stages.photo import Photo, composite_photo, open_photo
 from forgedit.stages.tune import trainable_names, tune
+from forgedit.turns import Turns
 from forgedit.weights import Weights
 from forgedit_kernels import available_backends
-
-WAIT = 0.05  # seconds between two looks at the cancel event while another thread has its turn
 
 log = logging.getLogger("forgedit")
 
@@ -74,10 +77,12 @@ class Editor:
         self.numerics = numerics
         self._told, self._memory_bytes = backend, memory_bytes
         self._weights = Weights(model.unet, model.text_encoder)
+        self._prompts = Prompts(model, self._weights)
         self._path: Reference | Resident | None = None  # made by the first edit
         self._fingerprint: str | None = None
-        self._lock = threading.Lock()
-        self._serving: int | None = None  # the thread whose turn it is
+        self._turns = Turns()
+        self._graphs = GraphCache(model.alphas_cumprod.device)
+        self._stats = Stats(self._graphs)
 
     @classmethod
     def from_pretrained(
@@ -172,7 +177,7 @@ class Editor:
             with progress.stage("encode"):
                 resized = resize_photo(image, config, model.resolution, model.vae_scale)
                 encoded = encode_image(resized, model.vae, generator)
-                ids, _ = self._tokens(caption)
+                ids, _ = self._prompts.tokens(caption)
                 self._restore()
                 embedding = encode_prompt(ids, model.text_encoder)
             with progress.stage("tune") as report:
@@ -193,6 +198,8 @@ class Editor:
                 tuned = self._weights.take(names)
                 if not all(weight.isfinite().all() for weight in (learned.embedding, *tuned.values())):
                     raise TuneDiverged("the last step left values that are not finite; lower unet_lr or loss_scale")
+        for stage, spent in progress.seconds.items():
+            self._stats.record(stage, spent)
         return Session(
             editor=self,
             source=encoded.image,
@@ -214,16 +221,19 @@ class Editor:
         config: EditConfig | None = None,
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
     ) -> Edit:
         """Edit a tuned photo (METHOD sections 3 to 5); Session.edit calls this.
 
         target: what the edited photo should show; config: None takes defaults.edit; on_step, cancel: as in tune
+        deadline_s: seconds from the call on; what cannot be done in that time, by the steps measured so far, is refused
+            before it starts. The first edit of a size is never refused for its steps
         Raises: InputError for a target that is empty or has control characters; ValueError for a strategy that matches
-            no tuned weight, or another editor's session; EditDiverged; Cancelled; RuntimeError from inside on_step. An
-            edit that fails leaves the original weights.
+            no tuned weight, or another editor's session; DeadlineExceeded; EditDiverged; Cancelled; RuntimeError from
+            inside on_step. An edit that fails leaves the original weights.
         Source: Forgedit, arXiv 2309.10556, sections 3.3 and 3.4
         """
-        (edit,) = self.edits(session, target, [config or self.defaults.edit], on_step, cancel)
+        (edit,) = self.edits(session, target, [config or self.defaults.edit], on_step, cancel, deadline_s)
         return edit
 
     def edits(
@@ -233,6 +243,7 @@ class Editor:
         configs: Sequence[EditConfig],
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
     ) -> Iterator[Edit]:
         """Yield one edit a config, in order, as they finish; Session.sweep calls this.
 
@@ -240,15 +251,17 @@ class Editor:
         configs: neighbours that differ in strength and seed alone are made together. Each such batch is one turn of
             the editor and one run of the stages; its seconds are shared out evenly among its edits
         on_step, cancel, Raises: as in edit, when the turn comes; what was finished before is yielded first
+        deadline_s: for all of them; each batch is refused or started by the time that is left
         """
         check_target(target)
         if session.editor is not self:
             raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
-        for _, group in groupby(configs, _alike):
+        start = time.perf_counter()
+        for _, group in groupby(configs, together):
             waiting = list(group)
             while waiting:
                 try:
-                    made = self._edit_together(session, target, waiting, Progress(on_step, cancel))
+                    made = self._edit_together(session, target, waiting, Progress(on_step, cancel), deadline_s, start)
                 except torch.OutOfMemoryError as error:
                     if self._path is None or not self._path.shrink():
                         size = "{} by {}".format(*session.source.size)
@@ -262,34 +275,43 @@ class Editor:
                 yield from made
 
     def _edit_together(
-        self, session: Session, target: str, configs: Sequence[EditConfig], progress: Progress
+        self,
+        session: Session,
+        target: str,
+        configs: Sequence[EditConfig],
+        progress: Progress,
+        deadline_s: float | None,
+        start: float,
     ) -> list[Edit]:
-        """One batch: as many of the configs as go together, from the first on, and up to one that diverges."""
-        model, (width, height) = self.model, session.source.size
-        shape = model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale
+        """One batch: as many of the configs as go together, from the first on, and up to one that diverges.
+
+        start: when the caller's deadline began to run, by time.perf_counter
+        """
+        shape = self._latent_shape(*session.source.size)
         with self._turn(progress):
             path = self._editing_path()
             configs = configs[: path.max_edits(shape)]
-            with progress.stage("blend"):
-                unconditional, prompt = self._embed(session, ""), self._embed(session, target)
-                embeddings = path.blend(session.embedding, prompt.embedding, configs)
-            with progress.stage("forget"):
-                tuned = {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
-                path.load(weakref.ref(session), tuned, configs[0].strategy, configs[0].keep)
-            with progress.stage("sample") as report:
-                latents = path.sample(embeddings, unconditional.embedding, shape, configs, report)
-            finite = latents.isfinite().flatten(1).all(dim=1).tolist()
-            if not finite[0]:
-                raise EditDiverged("the latents are not finite; lower gamma, the weights of 'vp', or guidance_scale")
-            good = [*finite, False].index(False)
-            configs, latents = configs[:good], latents[:good]
-            with progress.stage("decode"):
-                images = path.decode(latents)
-        seconds = {stage: spent / len(configs) for stage, spent in progress.seconds.items()}
+            needed = expected_seconds(self._stats, configs, shape, self.numerics)
+            check_deadline(deadline_s, needed, time.perf_counter() - start)
+            prompt = self._prompts.embed(session, target)
+            made = make_batch(
+                path,
+                source=session.embedding,
+                target=prompt.embedding,
+                unconditional=self._prompts.embed(session, "").embedding,
+                owner=weakref.ref(session),
+                tuned={name: weight for name, weight in session.tuned.items() if name.startswith("unet.")},
+                shape=shape,
+                configs=configs,
+                progress=progress,
+                stats=self._stats,
+                numerics=self.numerics,
+            )
+        seconds = {stage: spent / len(made.configs) for stage, spent in progress.seconds.items()}
         return [
             Edit(
                 image=image,
-                latents=one[None],
+                latents=latents[None],
                 config=config,
                 target=target,
                 seconds=dict(seconds),
@@ -297,8 +319,34 @@ class Editor:
                 opacity=session.opacity,
                 cut=prompt.cut,
             )
-            for image, one, config in zip(images, latents.cpu(), configs, strict=True)
+            for image, latents, config in zip(made.images, made.latents.cpu(), made.configs, strict=True)
         ]
+
+    def warmup(self, sizes: Iterable[tuple[int, int]] | None = None, config: EditConfig | None = None) -> None:
+        """Do beforehand what the first edit of a size pays for: lay the engine out, compile kernels, capture graphs.
+
+        sizes: widths and heights of edited pictures, pixels; None for the model's own
+        config: None takes defaults.edit; only its guidance and scheduler matter
+        Raises: ValueError for a size the model cannot edit; RuntimeError if it does not fit into memory
+        """
+        config = config or self.defaults.edit
+        for width, height in sizes or [(self.model.resolution, self.model.resolution)]:
+            unit = self.model.vae_scale * 4
+            if width < unit or height < unit or width % unit or height % unit:
+                raise ValueError(f"size {width} by {height} cannot be edited; expected multiples of {unit} pixels")
+            with self._turn(Progress(None, None)):
+                nothing = encode_prompt(self._prompts.tokens("")[0], self.model.text_encoder)
+                weight = {"unet.conv_in.weight": self._weights.original["unet.conv_in.weight"]}
+                warm_up(self._editing_path(), nothing, weight, self._latent_shape(width, height), config)
+
+    def stats(self) -> dict[str, Any]:
+        """What this editor has measured so far, for JSON.
+
+        Returns: 'stages': seconds at p50, p95, p99, and counts, of 'caption', 'encode', 'tune', 'blend', 'forget',
+            'step' and 'decode'; 'graphs': hits, misses and failures; 'peak_bytes': the most memory held
+        """
+        self._stats.note_peak(max(held for held in peak_bytes(self.model.alphas_cumprod.device).values() if held))
+        return self._stats.snapshot()
 
     def load_session(self, path: str | Path) -> Session:
         """Read a session saved by Session.save. Everything is checked first; no weight of the editor is touched.
@@ -344,39 +392,24 @@ class Editor:
             raise ModelError("this model has no captioner/; give the photo's caption yourself (TuneConfig.caption)")
         return caption_photo(image, self.model.captioner, self.model.processor, target)
 
-    def _tokens(self, prompt: str) -> tuple[Tensor, str]:
-        """Ids on the model's device, and the words cut."""
-        ids, cut = tokenize(prompt, self.model.tokenizer)
-        if cut:
-            log.warning("the prompt is longer than %d tokens; cut: %r", ids.shape[1], cut)
-        return ids.to(self.model.alphas_cumprod.device), cut
-
     def _trained(self, profile: str) -> list[str]:
         unet = trainable_names([name for name, _ in self.model.unet.named_parameters()], profile)
         text = [name for name in self._weights.working if name.startswith("text_encoder.")]
         return [f"unet.{name}" for name in unet] + (text if profile == "dreambooth" else [])
 
-    def _embed(self, session: Session, prompt: str) -> Prompt:
-        """By the session's own text encoder; each prompt is encoded once a session."""
-        if prompt not in session.prompts:
-            ids, cut = self._tokens(prompt)
-            names = [name for name in session.tuned if name.startswith("text_encoder.")]
-            self._weights.make_writable(names)
-            for name in names:
-                self._weights.working[name].copy_(session.tuned[name])
-            session.prompts[prompt] = Prompt(encode_prompt(ids, self.model.text_encoder), cut)
-            self._weights.restore(names)
-        return session.prompts[prompt]
+    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        scale = self.model.vae_scale
+        return self.model.unet.config.in_channels, height // scale, width // scale
 
     def _editing_path(self) -> Reference | Resident:
         """Where edits are made; the engine is laid out by the first edit, from the originals."""
         if self._path is None:
             if self.numerics == "reference":
-                self._path = Reference(self.model, self._weights, self.backend)
+                self._path = Reference(self.model, self._weights, self.backend, self._graphs)
             else:
                 self._weights.restore()
                 original = self._weights.original
-                self._path = Resident(self.model, original, self.numerics, self._told, self._memory_bytes)
+                self._path = Resident(self.model, original, self.numerics, self._told, self._graphs, self._memory_bytes)
         return self._path
 
     def _restore(self) -> None:
@@ -386,27 +419,12 @@ class Editor:
 
     @contextmanager
     def _turn(self, progress: Progress) -> Iterator[None]:
-        """One thread's turn at the model; if what it does fails, the working weights are the originals again.
-
-        Raises: Cancelled while it waits; RuntimeError if the turn is this thread's already, which would wait for ever
-        """
-        if self._serving == threading.get_ident():
-            raise RuntimeError("on_step called the editor that called it; let it return, then call the editor")
-        while not self._lock.acquire(timeout=WAIT):
-            progress.check("waiting")
-        finished = False
-        try:
-            self._serving = threading.get_ident()
-            with true_float32():
+        """One thread's turn at the model; if what it does fails, the working weights are the originals again."""
+        with self._turns.take(progress), true_float32():
+            finished = False
+            try:
                 yield
-            finished = True
-        finally:
-            if not finished:
-                self._restore()
-            self._serving = None
-            self._lock.release()
-
-
-def _alike(config: EditConfig) -> tuple[Any, ...]:
-    """What edits made together have in common."""
-    return config.strategy, config.keep, config.num_steps, config.guidance_scale, config.scheduler
+                finished = True
+            finally:
+                if not finished:
+                    self._restore()

@@ -102,12 +102,13 @@ class Session:
         config: EditConfig | None = None,
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
     ) -> Edit:
         """Edit towards the target prompt.
 
-        target, config, on_step, cancel, Raises: as Editor.edit says
+        target, config, on_step, cancel, deadline_s, Raises: as Editor.edit says
         """
-        return self.editor.edit(self, target, config, on_step, cancel)
+        return self.editor.edit(self, target, config, on_step, cancel, deadline_s)
 
     def sweep(
         self,
@@ -115,14 +116,16 @@ class Session:
         config: SweepConfig | None = None,
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
     ) -> Iterator[Edit]:
         """Yield each edit of the grid as it finishes; weights are merged once per strategy, see Editor.edits.
 
         target, on_step, cancel: as in edit; config: None takes the editor's defaults.sweep
+        deadline_s: for the whole sweep, see Editor.edits
         Raises: as edit does, when an edit's turn comes; those yielded before stay good
         """
         config = config or self.editor.defaults.sweep
-        yield from self.editor.edits(self, target, config.edits(), on_step, cancel)
+        yield from self.editor.edits(self, target, config.edits(), on_step, cancel, deadline_s)
 
     def save(self, path: str | Path, delta: str = "fp32") -> SavedSession:
         """Write one safetensors file, atomically: the file at `path` is the old one or the whole new one.

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import forgedit.engine.weights
-from forgedit import Cancelled, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
+from forgedit import Cancelled, DeadlineExceeded, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
 from forgedit.config import STRATEGIES, parse_strategy
 from forgedit.engine.numerics import true_float32
 from forgedit.model.fuse import FusedUNet
@@ -305,3 +305,108 @@ def test_tf32_is_off_inside_and_put_back():
         assert not matmul.allow_tf32 and not cudnn.allow_tf32
         raise KeyError
     assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+
+
+def test_a_sweep_goes_on_with_half_as_many_edits_when_memory_runs_out(editor, session, monkeypatch, caplog):
+    configs = SweepConfig(strategies=("none",), gammas=(0.8, 1.0, 1.2, 1.4), num_steps=1).edits()
+    expected = {config: session.edit("a dog", config).latents for config in configs}
+    engine, tried = editor._path, []
+    sample = engine.sample
+
+    def small(embeddings, *args):
+        tried.append(len(embeddings))
+        if len(embeddings) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(embeddings, *args)
+
+    monkeypatch.setattr(engine, "sample", small)
+    monkeypatch.setattr(engine, "_most", 4)
+    made = list(editor.edits(session, "a dog", configs))
+    assert tried == [4, 2, 1, 1, 1, 1]
+    assert [edit.config for edit in made] == configs
+    assert all(torch.equal(edit.latents, expected[edit.config]) for edit in made)
+    assert caplog.text.count("ran out of memory") == 2
+
+
+def test_an_edit_that_does_not_fit_says_so(editor, session, monkeypatch):
+    session.edit("a dog", EDIT)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(editor._path, "sample", full)
+        patched.setattr(editor._path, "_most", 1)
+        with pytest.raises(RuntimeError, match=r"48 by 16 pixels does not fit.*fast"):
+            session.edit("a dog", EDIT)
+    assert torch.isfinite(session.edit("a dog", EDIT).latents).all()
+
+
+def test_memory_decides_how_many_edits_go_together(folder, session):
+    shape = (4, 4, 12)
+    plans = [Editor.from_pretrained(folder, memory_bytes=size) for size in (10**9, None)]
+    several = replace(session, editor=plans[0], prompts={})
+    several.edit("a dog", EDIT)
+    plan = plans[0]._path.plan(shape)
+    assert plan.peak <= 10**9 and plan.batch > 1
+    tight = Editor.from_pretrained(folder, memory_bytes=plan.weights + 1000)
+    with pytest.raises(RuntimeError, match="one edit of 4 by 12 latents needs"):
+        replace(session, editor=tight, prompts={}).edit("a dog", EDIT)
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc"])
+def test_other_schedulers_come_to_the_same_picture(bundled_session, scheduler):
+    """In 20 steps nearer to DDIM's 200 than DDIM in 20, and a sweep gives what single edits give."""
+    editor = Editor.from_pretrained("bundled")
+    session = replace(bundled_session, editor=editor, prompts={})
+    default = replace(editor.defaults.edit, guidance_scale=2.0)
+    truth = session.edit(MUG, replace(default, num_steps=200)).latents
+    other, ddim = replace(default, num_steps=20, scheduler=scheduler), replace(default, num_steps=20)
+    edits = list(editor.edits(session, MUG, [other, replace(other, gamma=1.1)]))
+    assert distance(edits[0].latents, truth) < distance(session.edit(MUG, ddim).latents, truth)
+    assert distance(session.edit(MUG, other).latents, edits[0].latents) < EXACT
+
+
+def test_the_reference_path_takes_ddim_alone(oracle):
+    with pytest.raises(ValueError, match="scheduler 'unipc' is not the method's"):
+        oracle.edit("a dog", replace(EDIT, scheduler="unipc"))
+    with pytest.raises(ValueError, match="unknown scheduler 'euler'; expected one of: ddim"):
+        replace(EDIT, scheduler="euler")
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_before_it_starts(folder, session):
+    editor = Editor.from_pretrained(folder)
+    again, seen = replace(session, editor=editor, prompts={}), []
+    again.edit("a dog", EDIT, deadline_s=60.0)  # nothing was measured yet
+    again.edit("a dog", EDIT)
+    with pytest.raises(DeadlineExceeded, match="needs about"):
+        again.edit("a dog", replace(EDIT, num_steps=1000), on_step=seen.append, deadline_s=0.05)
+    assert not seen
+    assert again.edit("a dog", EDIT, deadline_s=60.0).config == EDIT
+    with pytest.raises(ValueError, match="deadline_s -1"):
+        again.edit("a dog", EDIT, deadline_s=-1)
+
+
+def test_stats_count_what_was_done(folder, session):
+    editor = Editor.from_pretrained(folder)
+    again = replace(session, editor=editor, prompts={})
+    for _ in range(3):
+        again.edit("a dog", EDIT)
+    stages = editor.stats()["stages"]
+    assert {name: stages[name]["count"] for name in ("blend", "forget", "step", "decode")} == dict.fromkeys(
+        ("blend", "forget", "step", "decode"), 3
+    )
+    assert 0 < stages["step"]["p50"] <= stages["step"]["p99"] < 60
+    assert editor.stats()["peak_bytes"] > 10**7
+    assert editor.stats()["graphs"] == {"hits": 0, "misses": 0, "failed": {}}
+
+
+@pytest.mark.parametrize("numerics", ["exact", "reference"])
+def test_warming_up_changes_no_picture(folder, session, numerics):
+    editor = Editor.from_pretrained(folder, numerics=numerics)
+    cold = replace(session, editor=Editor.from_pretrained(folder, numerics=numerics), prompts={}).edit("a dog", EDIT)
+    editor.warmup()
+    editor.warmup([(48, 16), (32, 64)])
+    assert torch.equal(replace(session, editor=editor, prompts={}).edit("a dog", EDIT).latents, cold.latents)
+    with pytest.raises(ValueError, match="size 48 by 20 cannot be edited; expected multiples of 16 pixels"):
+        editor.warmup([(48, 20)])

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig
+from forgedit.engine.graphs import GraphCache
 from forgedit.model import Model
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
@@ -20,11 +21,12 @@ from forgedit.weights import Weights
 class Reference:
     """Edits on the model's working UNet, which tuning uses too.
 
-    weights: both sides of that UNet's weights; backend: of the forgetting merge
+    weights: both sides of that UNet's weights; backend: of the forgetting merge; graphs: not used, nothing is captured
     """
 
-    def __init__(self, model: Model, weights: Weights, backend: str) -> None:
+    def __init__(self, model: Model, weights: Weights, backend: str, graphs: GraphCache) -> None:
         self._model, self._weights, self._backend = model, weights, backend
+        self.graphs = graphs
         self._loaded: tuple[object, str, float] | None = None  # owner, strategy and keep now in the working UNet
 
     def max_edits(self, shape: tuple[int, int, int]) -> int:

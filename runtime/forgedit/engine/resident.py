@@ -31,6 +31,7 @@ class Resident:
 
     model: whose UNet holds the originals while this is built; original: the same weights, prefixed 'unet.'
     numerics: of NUMERICS, but 'reference'; backend: of forgedit_kernels, for every op that has it
+    graphs: keeps what is captured
     memory_bytes: that the process may hold on the device; None for all there is, on a CPU for a fixed batch
     """
 
@@ -40,14 +41,15 @@ class Resident:
         original: Mapping[str, Tensor],
         numerics: str,
         backend: str,
+        graphs: GraphCache,
         memory_bytes: int | None = None,
     ) -> None:
         self._model, self._backend, self._dtype = model, backend, NUMERICS[numerics]
         self._unet = FusedUNet(model.unet, self._dtype, backend)
         named = {f"unet.{name}": weight for name, weight in self._unet.weights.items()}
         self._weights = ResidentWeights(named, original, backend)
-        self.graphs = GraphCache(self._unet.device)
-        self._sampler = Sampler(self._unet, self.graphs, backend)
+        self.graphs = graphs
+        self._sampler = Sampler(self._unet, graphs, backend)
         self._schedules: dict[tuple[str, int], Schedule] = {}
         self._memory_bytes, self._most = memory_bytes, MOST_EDITS
         self._vae: Any = model.vae
