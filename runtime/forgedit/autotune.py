@@ -137,7 +137,8 @@ def _projection_cases(shapes: Shapes) -> Iterator[Case]:
 
 
 def _merge_cases(shapes: Shapes) -> Iterator[Case]:
-    """float32 weights into an engine's, convolutions in channels_last: the smaller ones, up to MERGED_ELEMENTS."""
+    """float32 weights into an engine's dtype: the smaller ones, up to MERGED_ELEMENTS. Not into channels_last: what
+    native leaves to the reference there must not decide about the others."""
     chosen: list[Sequence[int]] = []
     left = MERGED_ELEMENTS
     for shape in sorted(shapes.weights, key=lambda shape: torch.Size(shape).numel()):
@@ -150,7 +151,6 @@ def _merge_cases(shapes: Shapes) -> Iterator[Case]:
         half = len(inputs) // 2
         dtype = shapes.dtype if inputs[0].dtype == torch.float32 else inputs[0].dtype
         out = [torch.full_like(w, float("nan"), dtype=dtype) for w in inputs[:half]]
-        out = [w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for w in out]
         plan = MergePlan(inputs[:half], inputs[half:], out, backend=backend)
 
         def run() -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from forgedit import autotune
 from forgedit.autotune import Shapes, find_cases, measure_case, unet_shapes
 from forgedit.autotune import autotune as write_table
-from forgedit_kernels import table
+from forgedit_kernels import available_backends, table
 from forgedit_kernels.dispatch import OPS
 
 CPU = torch.device("cpu")
@@ -106,6 +106,10 @@ def test_every_case_is_measured_and_the_ops_follow(tmp_path: Path) -> None:
         assert set(entry["seconds"]) <= {"reference", *OPS[op]} - {"triton"}
         assert entry["backend"] == min(entry["seconds"], key=entry["seconds"].get) == table.preferred(op, CPU, key)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_merge_measures_what_an_editor_may_be_told() -> None:
+    assert measure_case(_case("merge_weights"), CPU).seconds.keys() == set(available_backends(CPU))
 
 
 def test_other_entries_stay_and_old_ones_are_replaced() -> None:
