@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from forgedit_kernels import table
-from forgedit_kernels.attention_backends import attention_sdpa, attention_xformers, xformers_obstacle
+from forgedit_kernels.attention_backends import (
+    attention_native,
+    attention_native_obstacle,
+    attention_sdpa,
+    attention_xformers,
+    xformers_obstacle,
+)
 from forgedit_kernels.dispatch import choose, triton_obstacle
 from forgedit_kernels.jit import Variant, interpreted, jit, tl
 
@@ -262,6 +268,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     key = f"d{q.shape[3]} n{q.shape[1]} m{k.shape[1]} {str(q.dtype).removeprefix('torch.')}"
     obstacles = {
         "triton": lambda: _triton_obstacle(q, k, v),
+        "native": lambda: attention_native_obstacle(q, k, v),
         "sdpa": lambda: None,
         "xformers": lambda: xformers_obstacle(q.device, q.dtype),
     }
@@ -270,6 +277,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         return q.new_empty(q.shape)
     if chosen == "triton":
         return _attention_triton(q, k, v, scale, blocks=table.blocks("attention", q.device, key))[0]
+    if chosen == "native":
+        return attention_native(q, k, v, scale)
     if chosen == "sdpa":
         return attention_sdpa(q, k, v, scale)
     if chosen == "xformers":

@@ -1,4 +1,4 @@
-"""Other libraries' attention, in the signature of ours: torch's scaled_dot_product_attention and xformers'."""
+"""Attention by other means than Triton, in one signature: the native module's, torch's own and xformers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forgedit_kernels.dispatch import HALF
+from forgedit_kernels.dispatch import HALF, native_module, native_obstacle
 
 # torch's own kernels, by the names that benches give them
 SDPA_KERNELS = {
@@ -20,6 +20,41 @@ SDPA_KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+
+def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """In C++ with torch's number of threads, for the bundled model's short sequences on the CPU."""
+    native = native_module()
+    assert native is not None, "dispatch chose an absent module"
+    batch, queries, heads, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    native.attention(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        q_strides=q.stride()[:3],
+        k_strides=k.stride()[:3],
+        v_strides=v.stride()[:3],
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=k.shape[1],
+        dim=dim,
+        scale=scale,
+        threads=torch.get_num_threads(),
+        instruction_set=native.instruction_sets()[-1],
+    )
+    return out
+
+
+def attention_native_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What hinders the native module."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
+    if q.shape[3] % 16 or q.shape[3] > 160:
+        return f"got head dim {q.shape[3]}, it takes multiples of 16 up to 160"
+    return native_obstacle(q.device, q.dtype, (torch.float32,))
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, kernel: str | None = None) -> Tensor:

@@ -23,7 +23,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 # The backends each op has beside `reference`.
 OPS = {
-    "attention": ("triton", "sdpa", "xformers"),
+    "attention": ("triton", "native", "sdpa", "xformers"),
     "blend_embeddings": ("triton",),
     "group_norm_silu": ("triton", "native"),
     "guided_step": ("triton",),

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forgedit_kernels.dispatch import choose, triton_obstacle
+from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
 from forgedit_kernels.jit import Variant, jit, tl
 from forgedit_kernels.table import preferred
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # with Triton's names
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _WHOLE_GROUP = 32768  # elements of a padded group that one program holds: 64 a thread, of float32
 _TILE = 8192  # elements that a program of the two-launch way takes at a time
 _ROW = 8192  # channels in the longest row that it takes
@@ -274,9 +275,52 @@ def _group_norm_silu_triton(
     return y
 
 
-def _triton_obstacle(x: Tensor, groups: int, inputs: list[Tensor]) -> str | None:
+def _group_norm_silu_native(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None, silu: bool
+) -> Tensor:
+    """In C++ with torch's number of threads, on channels-last data."""
+    native = native_module()
+    assert native is not None, "dispatch chose an absent module"
+    batch, channels, height, width = x.shape
+    weight, bias = weight.contiguous(), bias.contiguous()
+    shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
+    y = torch.empty_like(x)
+    native.group_norm_silu(
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        y.data_ptr(),
+        batch=batch,
+        pixels=height * width,
+        channels=channels,
+        groups=groups,
+        shift_stride=0 if shift is None or shift.shape[0] == 1 else shift.stride(0),
+        eps=eps,
+        silu=silu,
+        dtype=str(x.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        instruction_set=native.instruction_sets()[-1],
+    )
+    return y
+
+
+def _wants_gradients(inputs: list[Tensor]) -> str | None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
+    return None
+
+
+def _native_obstacle(x: Tensor, inputs: list[Tensor]) -> str | None:
+    if _layout(x) != torch.channels_last:
+        return f"x must be channels_last, got strides {x.stride()} for shape {list(x.shape)}"
+    return _wants_gradients(inputs) or native_obstacle(x.device, x.dtype, _NATIVE_DTYPES)
+
+
+def _triton_obstacle(x: Tensor, groups: int, inputs: list[Tensor]) -> str | None:
+    gradients = _wants_gradients(inputs)
+    if gradients is not None:
+        return gradients
     if _layout(x) is None:
         return f"x must be contiguous or channels_last, got strides {x.stride()} for shape {list(x.shape)}"
     if _blocks(x.shape[2] * x.shape[3], x.shape[1], groups).row > _ROW:
@@ -322,12 +366,15 @@ def group_norm_silu(
             raise ValueError(f"{name} must have the shape {allowed}, got {list(tensor.shape)}")
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
-    obstacles = {"triton": lambda: _triton_obstacle(x, groups, [x, *inputs.values()])}
+    tensors = [x, *inputs.values()]
+    obstacles = {"triton": lambda: _triton_obstacle(x, groups, tensors), "native": lambda: _native_obstacle(x, tensors)}
     chosen = choose("group_norm_silu", backend, obstacles, preferred("group_norm_silu", x.device, shape_key(x, groups)))
     if not x.numel():
         return torch.empty_like(x)
     if chosen == "triton":
         return _group_norm_silu_triton(x, weight, bias, groups, eps, shift, silu)
+    if chosen == "native":
+        return _group_norm_silu_native(x, weight, bias, groups, eps, shift, silu)
     return group_norm_silu_reference(x, weight, bias, groups, eps=eps, shift=shift, silu=silu)
 
 

@@ -194,7 +194,10 @@ def test_a_wrong_norm_is_rejected(wrong: Callable[[Inputs, int, float], Tensor])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_auto_takes_the_reference_on_the_cpu_and_keeps_the_layout(layout: str) -> None:
+def test_auto_without_the_native_module_takes_the_reference_on_the_cpu_and_keeps_the_layout(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forgedit_kernels.dispatch.native_module", lambda: None)
     inputs = _inputs((2, 12, 5, 7), torch.float32, shift_rows=1, layout=layout)
     got = group_norm_silu(**inputs, groups=3)
     assert got.stride() == inputs["x"].stride()

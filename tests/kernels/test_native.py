@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forgedit_kernels.attention import attention
 from forgedit_kernels.dispatch import native_module
+from forgedit_kernels.group_norm_silu import group_norm_silu
+from forgedit_kernels.projection import norm_geglu, norm_linear
 
 NATIVE = native_module()
 SETS = NATIVE.instruction_sets() if NATIVE else []
@@ -110,6 +113,35 @@ def test_wrong_geglus_are_rejected() -> None:
     product = _random(64, 256)
     value, gate = product.chunk(2, dim=-1)
     assert not _good(value * F.gelu(gate, approximate="tanh"), _geglu_torch, product), "the tanh formula"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (2, 7, 16), (0, 16)], ids=str)
+def test_norm_geglu_takes_the_native_op(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        _random(*shape, dtype=dtype),
+        _random(62, 16, dtype=dtype, seed=1),
+        _random(62, dtype=dtype, seed=2),
+    )
+    norm = (_random(16, dtype=dtype, mean=1.0, seed=3), _random(16, dtype=dtype, seed=4))
+    expected = _geglu(norm_linear(x, *norm, weight, bias, backend="reference").reshape(-1, 62), SETS[-1])
+    for backend in ("auto", "native"):
+        got = norm_geglu(x, *norm, weight, bias, backend=backend)
+        assert got.is_contiguous() and torch.equal(got, expected.view(*shape[:-1], 31))
+
+
+@needs_native
+def test_norm_geglu_takes_the_reference_where_the_native_op_does_not_run() -> None:
+    x, weight, norm = _random(3, 16), _random(8, 16, seed=1), (torch.ones(16), torch.zeros(16))
+    grown = weight.clone().requires_grad_()
+    for reason, (args, w) in {
+        "it computes no gradients": ((x, *norm), grown),
+        "got torch.float64": ((x.double(), *(n.double() for n in norm)), weight.double()),
+    }.items():
+        assert torch.equal(norm_geglu(*args, w, None), norm_geglu(*args, w, None, backend="reference"))
+        with pytest.raises(RuntimeError, match=f"backend 'native' cannot run norm_geglu: {reason}"):
+            norm_geglu(*args, w, None, backend="native")
 
 
 # GroupNorm
@@ -234,6 +266,37 @@ def test_wrong_group_norms_are_rejected() -> None:
     assert not _good(_group_norm_torch(x, weight, bias, shift, groups, False), op, *inputs), "no SiLU"
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift_rows", [0, 1, 3])
+def test_group_norm_silu_takes_the_native_op(shift_rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias, shift = _feature(3, 35, 32, dtype, shifts=shift_rows or None)
+    expected = _group_norm(x, weight, bias, shift, 8, True, SETS[-1])
+    image = x.unflatten(1, (5, 7)).permute(0, 3, 1, 2)  # channels-last, as the same memory
+    for backend in ("auto", "native"):
+        got = group_norm_silu(image, weight, bias, 8, shift=shift, backend=backend)
+        assert got.stride() == image.stride() and torch.equal(got.permute(0, 2, 3, 1).flatten(1, 2), expected)
+    if shift is not None:  # as chunked from a wider matrix, every block's shift beside the others'
+        wide = torch.cat((shift, shift), dim=1)[:, 32:]
+        assert torch.equal(group_norm_silu(image, weight, bias, 8, shift=wide, backend="native"), got)
+
+
+@needs_native
+def test_group_norm_silu_takes_the_reference_where_the_native_op_does_not_run() -> None:
+    x, weight, bias = _random(2, 8, 3, 3), torch.ones(8), torch.zeros(8)
+    grown = weight.clone().requires_grad_()
+    last = x.contiguous(memory_format=torch.channels_last)
+    for reason, arguments in {
+        "x must be channels_last": (x, weight, bias),
+        "it computes no gradients": (last, grown, bias),
+        "got torch.float16": (last.half(), weight.half(), bias.half()),
+    }.items():
+        expected = group_norm_silu(*arguments, 4, backend="reference")
+        assert torch.equal(group_norm_silu(*arguments, 4), expected)
+        with pytest.raises(RuntimeError, match=f"backend 'native' cannot run group_norm_silu: {reason}"):
+            group_norm_silu(*arguments, 4, backend="native")
+
+
 # Attention
 
 
@@ -322,6 +385,28 @@ def test_wrong_attentions_are_rejected() -> None:
     assert not _good(weighted(padded.softmax(-1)[..., :77]), _attention_torch, q, k, v), "keys past the last"
     halves = torch.cat([part.softmax(-1) / 2 for part in scores.split([39, 38], dim=-1)], dim=-1)
     assert not _good(weighted(halves), _attention_torch, q, k, v), "blocks joined without their sums"
+
+
+@needs_native
+def test_attention_takes_the_native_op() -> None:
+    q, k, v = _random(2, 19, 3, 2, 32).unbind(2)
+    for backend in ("auto", "native"):
+        assert torch.equal(attention(q, k, v, backend=backend), _attention(q, k, v, SETS[-1]))
+    doubled = attention(q, k, v, scale=2 * 32**-0.5, backend="native")
+    assert torch.equal(doubled, _attention(2 * q, k, v, SETS[-1]))
+
+
+@needs_native
+def test_attention_takes_another_backend_where_the_native_op_does_not_run() -> None:
+    q, k, v = _random(2, 19, 3, 2, 32).unbind(2)
+    for reason, args in {
+        "it computes no gradients": (q, k.clone().requires_grad_(), v),
+        "got torch.bfloat16": (q.bfloat16(), k.bfloat16(), v.bfloat16()),
+        "got head dim 24": (q[..., :24], k[..., :24], v[..., :24]),
+    }.items():
+        assert torch.equal(attention(*args), attention(*args, backend="sdpa"))
+        with pytest.raises(RuntimeError, match=f"backend 'native' cannot run attention: {reason}"):
+            attention(*args, backend="native")
 
 
 # All of them
