@@ -155,6 +155,15 @@ def _matrix(x: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+def _row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps), float32 [rows], of a matrix with stride 1 along its rows."""
+    rows, k = x.shape
+    mean, rstd = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+    sizes = _row_blocks(k)
+    _row_statistics_fwd_kernel[(-(-rows // sizes["ROWS"]),)](x, mean, rstd, rows, k, x.stride(0), eps, **sizes)
+    return mean, rstd
+
+
 def projection_triton(
     op: str,
     x: Tensor,
@@ -178,11 +187,7 @@ def projection_triton(
     with torch.cuda.device_of(x):
         if norm is not None:
             norm_weight, norm_bias = norm[0].contiguous(), norm[1].contiguous()
-            mean, rstd = torch.empty((2, rows), dtype=torch.float32, device=x.device)
-            sizes = _row_blocks(k)
-            _row_statistics_fwd_kernel[(-(-rows // sizes["ROWS"]),)](
-                x, mean, rstd, rows, k, x.stride(0), norm[2], **sizes
-            )
+            mean, rstd = _row_statistics(x, norm[2])
         bias = None if bias is None else bias.contiguous()
         residual = None if residual is None else _matrix(residual)
         _projection_fwd_kernel[(-(-rows // launch["BLOCK_M"]) * -(-columns // launch["BLOCK_N"]),)](

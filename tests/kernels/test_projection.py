@@ -97,6 +97,16 @@ def test_programs_share_out_every_tile(op: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_interpreter
+@pytest.mark.parametrize("k", [1, 96, 1280])
+def test_statistics_are_exact_to_float32(k: int) -> None:
+    x = _inputs("norm_linear", 77, k, 1, torch.float32, mean=30, spread=0.01)["x"]
+    variance, mean = torch.var_mean(x.double(), dim=-1, correction=0)
+    got_mean, got_rstd = projection_triton._row_statistics(x, 1e-5)
+    assert _error(got_mean, mean) <= 1.01 * 2.0**-20  # half a unit in the last place
+    assert _error(got_rstd * (variance + 1e-5).sqrt(), torch.ones_like(variance)) <= 2.0**-21
+
+
+@needs_interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_extreme_values(op: str, dtype: torch.dtype) -> None:
@@ -184,6 +194,7 @@ def test_one_row_without_leading_axes_and_none_at_all(op: str) -> None:
     none = {name: x[:0].expand(2, 0, -1) if name in ("x", "residual") else x for name, x in inputs.items()}
     for backend in ("triton", "reference"):
         assert OPS[op][0](**none, backend=backend).shape == (2, 0, 16)
+        assert OPS[op][0](**_inputs(op, 5, 24, 0, torch.float32), backend=backend).shape == (5, 0)
 
 
 @needs_interpreter
