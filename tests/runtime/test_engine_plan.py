@@ -38,7 +38,7 @@ BUNDLED = SD14 | dict(
     cross_attention_dim=128,
     attention_head_dim=(2, 3, 4, 5),
 )
-# Where something else than the last transformer takes most: the last ResNet block, the joined maps, the middle
+# Where something else than the last transformer takes most: joined maps of a level that does not attend, the middle
 PLAIN_TOP = SD14 | dict(
     block_out_channels=(64, 64, 64),
     norm_num_groups=8,
@@ -63,6 +63,7 @@ UNETS = {
     "plain-top": (PLAIN_TOP, 32, 32),
     "wide-below": (WIDE_BELOW, 32, 32),
     "wide-middle": (WIDE_MIDDLE, 32, 32),
+    "wide-middle-odd": (WIDE_MIDDLE, 27, 35),
 }
 
 SD_VAE = dict(
@@ -84,6 +85,8 @@ VAES = {
     "sd-rectangle": (SD_VAE, 40, 100),
     "bundled": (BUNDLED_VAE, 16, 16),
     "wide-middle": (BUNDLED_VAE | dict(block_out_channels=(8, 8, 512)), 16, 16),
+    "steep": (BUNDLED_VAE | dict(block_out_channels=(16, 64, 256)), 16, 16),
+    "even": (BUNDLED_VAE | dict(block_out_channels=(64, 64, 64)), 16, 16),
 }
 
 

@@ -144,13 +144,19 @@ def test_instances_share_nothing(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_latents_stay_float32_and_are_not_written(name):
-    scheduler, latents = make_scheduler(name, ALPHAS_CUMPROD, "epsilon", 3), noise()
-    for index, timestep in enumerate(scheduler.timesteps):
-        before = latents.clone()
-        after = scheduler.step(latents, predict(latents, timestep).bfloat16(), index)
-        assert after.dtype == torch.float32 and torch.equal(latents, before)
-        latents = after
+def test_half_precision_answers_are_stepped_in_float32(name):
+    """And the latents given are not written."""
+    latents, results = noise(), []
+    answers = [predict(latents, timestep).bfloat16() for timestep in (900, 500, 100)]
+    for given in (answers, [answer.float() for answer in answers]):
+        scheduler, x = make_scheduler(name, ALPHAS_CUMPROD, "epsilon", 3), latents
+        for index, answer in enumerate(given):
+            before = x.clone()
+            after = scheduler.step(x, answer, index)
+            assert after.dtype == torch.float32 and torch.equal(x, before)
+            x = after
+        results.append(x)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -1,8 +1,16 @@
 """How many edits are sampled together: the memory that sampling needs, from the architecture, before anything runs.
 
-Activations are counted in elements at the worst moment of a forward pass, as diffusers' modules hold them. A UNet holds
-its skip connections, what a block was given, and what the layer at work holds (see _resnet and _TRANSFORMER); the worst
-moment is mostly the feed-forward part of the last, largest transformer. The fused engine holds less than that.
+Activations are counted in elements at the worst moment of a forward pass, as diffusers' modules hold them: a UNet holds
+its skip connections, the map that a block was given, and what the layer at work holds. The fused engine holds less.
+
+- On the way up every level holds more than on the way down, as its skip connections are complete and it joins them. So
+  only the middle and the way up are looked at.
+- A ResNet block holds its input, and beside it two maps like it (normed, activated), or at its end four like its
+  output: the last convolution's, the shortcut's, their sum, and that divided. In a UNet the two weigh more.
+- A transformer holds 21 maps of its width while it multiplies by its gate: the map given, its tokens, the sum after the
+  attentions, the last attention's output, the normed tokens, the doubled hidden layer (8), the gate's GELU (4), and the
+  product (4). Attention itself holds less, as no backend in use keeps its scores.
+
 Not counted: the CUDA context and the workspaces of libraries.
 """
 
@@ -20,11 +28,7 @@ import torch
 CPU_EDITS = 8  # together, where no budget is set: more gain little on a CPU, and make the first picture wait
 MOST_EDITS = 64  # together, whatever the budget
 
-# Feature maps of a transformer's width while it multiplies by its gate: the map given, its tokens, the sum after each
-# attention's output and that output, the normed tokens; the doubled hidden layer (8), the gate's GELU (4), product (4)
-_TRANSFORMER = 21
-_ATTENTION = 9  # of the VAE's middle: the map given, normed, Q, K, V, the result, and copies between the layouts
-_UPSAMPLE = 1 + 4 + 4  # the map given, enlarged twice each way, convolved
+_TRANSFORMER = 21  # maps of its width, see above
 
 # Latents in float32 for one edit: themselves, a copy, and two answers that a multistep sampler remembers
 _LATENTS = 4
@@ -125,39 +129,24 @@ def unet_activations(config: Mapping[str, Any], height: int, width: int) -> int:
     config: of a UNet2DConditionModel with a middle block that attends; height, width: of the latents
     """
     channels = config["block_out_channels"]
-    attends = ["CrossAttn" in name for name in config["down_block_types"]]
+    levels = range(len(channels))
     layers = _each(config["layers_per_block"], len(channels))
     pixels = _pixels(height, width, len(channels))
     time = 10 * channels[0]  # sines, their embedding (4 times as wide), and that again while a block projects it
     skips = [channels[0] * pixels[0]]
-    moments = []
-    before = channels[0]
-    for level, (c, area) in enumerate(zip(channels, pixels, strict=True)):
-        for _ in range(layers[level]):
-            moments.append(sum(skips) + area * max(_resnet(before, c), attends[level] * _TRANSFORMER * c))
-            skips.append(c * area)
-            before = c
-        if level + 1 < len(channels):
-            skips.append(c * pixels[level + 1])
-    moments.append(sum(skips) + _TRANSFORMER * channels[-1] * pixels[-1])
+    for level in levels:
+        skips += [channels[level] * pixels[level]] * layers[level]
+        skips += [channels[level] * area for area in pixels[level + 1 : level + 2]]
     before, given = channels[-1], channels[-1] * pixels[-1]
-    for level, c, area, attend in zip(
-        reversed(range(len(channels))),
-        reversed(channels),
-        reversed(pixels),
-        ("CrossAttn" in name for name in config["up_block_types"]),
-        strict=True,
-    ):
-        count = layers[level] + 1
-        own, held = skips[-count:], sum(skips) + given  # a block's own skips are let go when it ends
-        for skip in reversed(own):
-            joined = before + skip // area
-            moments.append(held + area * max(joined + _resnet(joined, c), attend * _TRANSFORMER * c))
+    moments = [sum(skips) + _TRANSFORMER * given]
+    for level, kind in zip(reversed(levels), config["up_block_types"], strict=True):
+        c, area = channels[level], pixels[level]
+        held = sum(skips) + given  # a block's own skip connections are let go when it ends
+        for _ in range(layers[level] + 1):
+            joined = before + skips.pop() // area
+            moments.append(held + area * max(3 * joined, ("CrossAttn" in kind) * _TRANSFORMER * c))
             before = c
-        del skips[-count:]
         given = c * pixels[max(level - 1, 0)]
-        if level > 0:
-            moments.append(held + c * (area + 2 * pixels[level - 1]))
     return time + max(moments)
 
 
@@ -184,21 +173,12 @@ def decode_activations(config: Mapping[str, Any], height: int, width: int) -> in
     config: of an AutoencoderKL; height, width: of the latents
     """
     channels = config["block_out_channels"][::-1]
-    area = height * width
-    moments = [_ATTENTION * channels[0] * area]
-    for level, (before, c) in enumerate(pairwise((channels[0], *channels))):
-        given = before * area
-        moments.append(given + area * max(_resnet(before, c), c + _resnet(c, c)))
-        if level + 1 < len(channels):
-            moments.append(given + _UPSAMPLE * c * area)
-            area *= 4
+    end = [9] * (len(channels) - 1) + [4]  # maps of a level's width: before the next a map is enlarged, and convolved
+    moments = [
+        height * width * 4**level * (before + max(2 * before, end[level] * c))
+        for level, (before, c) in enumerate(pairwise((channels[0], *channels)))
+    ]
     return 2 * config["latent_channels"] * height * width + max(moments)
-
-
-def _resnet(c: int, out: int) -> int:
-    """Maps that a ResNet block holds beside the one it was given: two after the norm, one of each at a convolution, and
-    at its end the result before and after the scale, the last convolution's, and the shortcut's if there is one."""
-    return max(2 * c, c + out, (3 + (c != out)) * out)
 
 
 def _pixels(height: int, width: int, levels: int) -> list[int]:
