@@ -71,7 +71,7 @@ def test_every_run_does_the_work_once(capturer):
         cache.run("key", work)
         assert work.done == done
     assert capturer.asked == ["warm up", "capture alone"]
-    assert (cache.hits, cache.misses, len(cache)) == (2, 1, 1)
+    assert (cache.hits, cache.misses, cache.captures, len(cache)) == (2, 1, 1, 1)
 
 
 def test_a_replay_does_what_was_recorded(capturer):
@@ -103,7 +103,7 @@ def test_a_failed_capture_is_told_once_and_runs_without_graph(capturer, caplog):
     (record,) = caplog.records
     assert record.name == "forgedit" and "key could not be captured" in record.message
     assert capturer.asked == ["warm up", "capture alone"]
-    assert (cache.hits, cache.misses, len(cache)) == (0, 3, 0)
+    assert (cache.hits, cache.misses, cache.captures, len(cache)) == (0, 3, 1, 0)
     capturer.broken = None
     cache.run("other", other)
     cache.run("other", other)

@@ -97,6 +97,18 @@ def test_a_cold_run_refuses_nothing():
     stats.record("merge", 5.0, cold=True)
     assert stats.expected_seconds(SIZE, {"step": 50}) is None
     assert stats.expected_seconds(SIZE, {"merge": 1}) is None
+    assert stats.expected_seconds(replace(SIZE, rows=2), {"step": 50}) is None
+    stats.record("step", 0.1, SIZE)
+    assert stats.expected_seconds(SIZE, {"step": 50}) == pytest.approx(5)
+
+
+def test_a_size_is_new_until_its_first_run_cold_or_warm():
+    stats = Stats()
+    stats.record("step", 20.0, SIZE, cold=True)
+    stats.record("blend", 0.1)
+    news = [stats.is_new("step", SIZE), stats.is_new("blend"), stats.is_new("decode", SIZE), stats.is_new("step")]
+    assert news == [False, False, True, True]
+    assert stats.is_new("step", replace(SIZE, rows=2))
 
 
 def test_threads_lose_no_record():

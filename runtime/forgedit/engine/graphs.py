@@ -44,6 +44,7 @@ class GraphCache:
     device: to run on; most: graphs kept at once, the least recently used is dropped; 0 captures none
     capturer: None takes CUDA's on a CUDA device, elsewhere nothing is captured
     hits, misses: runs that a graph served, and the others where graphs are captured at all
+    captures: how many were tried; a run that raises it is a cold one
     failed: the keys whose capture failed, with the reason; they run without a graph until clear()
     """
 
@@ -52,7 +53,7 @@ class GraphCache:
             raise ValueError(f"most {most} is out of range; expected a whole number of graphs, at least 0")
         if capturer is None and device.type == "cuda":
             capturer = CudaCapturer(device)
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.captures = 0
         self.failed: dict[Hashable, str] = {}
         self._most, self._capturer = most, capturer
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
@@ -91,6 +92,7 @@ class GraphCache:
         self.failed.clear()
 
     def _capture(self, capturer: Capturer, key: Hashable, work: Work) -> None:
+        self.captures += 1
         try:
             graph = capturer.capture(work, shared=bool(self._graphs))
         except RuntimeError as error:

@@ -56,11 +56,16 @@ class Stats:
         with self._lock:
             self._all.setdefault(stage, deque(maxlen=KEPT)).append(seconds)
             self._counts[stage] += 1
-            if cold:
-                return
             if (stage, size) not in self._warm and len(self._warm) == MOST_SIZES:
                 del self._warm[next(iter(self._warm))]
-            self._warm.setdefault((stage, size), deque(maxlen=KEPT_OF_SIZE)).append(seconds)
+            warm = self._warm.setdefault((stage, size), deque(maxlen=KEPT_OF_SIZE))
+            if not cold:
+                warm.append(seconds)
+
+    def is_new(self, stage: str, size: Size | None = None) -> bool:
+        """Whether no run of the stage at this size was recorded, cold or warm: its first is a cold one."""
+        with self._lock:
+            return (stage, size) not in self._warm
 
     def note_peak(self, peak_bytes: int) -> None:
         """Keep the largest."""
@@ -107,8 +112,8 @@ class Stats:
             return statistics.median(exact)
         alike = [
             known
-            for name, known in self._warm
-            if name == stage and known is not None and replace(known, rows=size.rows) == size
+            for (name, known), warm in self._warm.items()
+            if warm and name == stage and known is not None and replace(known, rows=size.rows) == size
         ]
         if not alike:
             return None
