@@ -25,8 +25,9 @@ from forgedit.atomic import write_atomic
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import true_float32
 from forgedit.profile.roofline import wait
-from forgedit_kernels import MergePlan, attention, linear_residual, norm_geglu, norm_linear, table
+from forgedit_kernels import MergePlan, attention, group_norm_silu, linear_residual, norm_geglu, norm_linear, table
 from forgedit_kernels.dispatch import OPS
+from forgedit_kernels.group_norm_silu import shape_key as norm_key
 from forgedit_kernels.jit import interpreted
 from forgedit_kernels.merge_weights import shape_key as merge_key
 from forgedit_kernels.projection_triton import shape_key as projection_key
@@ -72,13 +73,17 @@ class Shapes:
     """What a UNet is given, and what it is made of.
 
     rows: of one call, 2 for one guided picture; height, width: latents; prompt_tokens: 77 for CLIP
-    attending: (channels, heads, tokens) wherever the UNet attends; weights: shapes of its parameters
+    attending: (channels, heads, tokens) wherever the UNet attends
+    maps: (channels, height, width) of each level, without what the decoder lays beside them; groups: of their norms
+    weights: shapes of its parameters
     """
 
     rows: int
     prompt_tokens: int
     dtype: torch.dtype
     attending: Sequence[tuple[int, int, int]]
+    maps: Sequence[tuple[int, int, int]]
+    groups: int
     weights: Sequence[Sequence[int]]
 
 
@@ -88,11 +93,17 @@ def unet_shapes(unet: Any, height: int, width: int, rows: int, prompt_tokens: in
     channels, kinds = config["block_out_channels"], config["down_block_types"]
     heads = config["num_attention_heads"] or config["attention_head_dim"]  # diffusers' own confusion of names
     heads = [heads] * len(channels) if isinstance(heads, int) else heads
+    sides = [(-(-height // 2**level), -(-width // 2**level)) for level in range(len(channels))]
     levels = [level for level, kind in enumerate(kinds) if "CrossAttn" in kind] + [len(channels) - 1]  # and the middle
-    tokens = [-(-height // 2**level) * -(-width // 2**level) for level in levels]
-    attending = dict.fromkeys((channels[i], heads[i], n) for i, n in zip(levels, tokens, strict=True))
-    weights = [tuple(weight.shape) for weight in unet.parameters()]
-    return Shapes(rows, prompt_tokens, dtype, tuple(attending), weights)
+    return Shapes(
+        rows,
+        prompt_tokens,
+        dtype,
+        attending=tuple(dict.fromkeys((channels[i], heads[i], sides[i][0] * sides[i][1]) for i in levels)),
+        maps=tuple((wide, *side) for wide, side in zip(channels, sides, strict=True)),
+        groups=config["norm_num_groups"],
+        weights=[tuple(weight.shape) for weight in unet.parameters()],
+    )
 
 
 def _attention_cases(shapes: Shapes) -> Iterator[Case]:
@@ -136,6 +147,20 @@ def _projection_cases(shapes: Shapes) -> Iterator[Case]:
         yield case(norm_geglu, x, weight, x, c, c, weight, weight[:1])
 
 
+def _group_norm_silu_cases(shapes: Shapes) -> Iterator[Case]:
+    """As the engine has them: in channels_last."""
+
+    def normalise(inputs: list[Tensor], backend: str) -> Call:
+        x = inputs[0].to(memory_format=torch.channels_last)
+        weight, bias = inputs[1:]
+        return lambda: [group_norm_silu(x, weight, bias, shapes.groups, backend=backend)]
+
+    for channels, height, width in shapes.maps:
+        x = torch.empty(shapes.rows, channels, height, width, dtype=shapes.dtype, device="meta")
+        key = norm_key(x.to(memory_format=torch.channels_last), shapes.groups)
+        yield Case("group_norm_silu", key, [x.shape, (channels,), (channels,)], shapes.dtype, normalise)
+
+
 def _merge_cases(shapes: Shapes) -> Iterator[Case]:
     """float32 weights into an engine's dtype: the smaller ones, up to MERGED_ELEMENTS. Not into channels_last: what
     native leaves to the reference there must not decide about the others."""
@@ -166,6 +191,7 @@ def _merge_cases(shapes: Shapes) -> Iterator[Case]:
 MEASURABLE = {
     "attention": _attention_cases,
     "projection": _projection_cases,
+    "group_norm_silu": _group_norm_silu_cases,
     "merge_weights": _merge_cases,
 }
 

@@ -22,6 +22,8 @@ SHAPES = Shapes(
     prompt_tokens=7,
     dtype=torch.float32,
     attending=[(16, 2, 12), (32, 2, 4)],
+    maps=[(16, 3, 4), (32, 2, 2)],
+    groups=4,
     weights=[(16, 4, 3, 3), (16,), (32, 16)],
 )
 
@@ -39,7 +41,9 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _unet(**config: Any) -> Any:
     weights = [torch.empty(8, 4, 3, 3), torch.empty(8)]
-    return SimpleNamespace(config={"num_attention_heads": None, **config}, parameters=lambda: iter(weights))
+    return SimpleNamespace(
+        config={"num_attention_heads": None, "norm_num_groups": 32, **config}, parameters=lambda: iter(weights)
+    )
 
 
 def test_shapes_of_stable_diffusion() -> None:
@@ -58,7 +62,9 @@ def test_shapes_of_a_wide_picture_with_heads_by_level() -> None:
     unet = _unet(
         block_out_channels=(64, 96), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=[2, 3]
     )
-    assert unet_shapes(unet, 9, 16, 2, 77, torch.float32).attending == ((96, 3, 40),)
+    shapes = unet_shapes(unet, 9, 16, 2, 77, torch.float32)
+    assert shapes.attending == ((96, 3, 40),)
+    assert shapes.maps == ((64, 9, 16), (96, 5, 8))
 
 
 def _inputs(case: autotune.Case) -> list[Tensor]:
@@ -175,7 +181,7 @@ def test_a_damaged_table_is_not_overwritten() -> None:
 
 
 def test_large_models_merge_a_part() -> None:
-    large = Shapes(2, 7, torch.float32, (), weights=[(4096, 2048), (4096, 4096), (16,)])
+    large = Shapes(2, 7, torch.float32, (), (), 4, weights=[(4096, 2048), (4096, 4096), (16,)])
     case = _only(find_cases([large]))
     assert list(case.shapes) == [(16,), (4096, 2048)] * 2
 
@@ -187,7 +193,7 @@ def _only(cases: list[autotune.Case]) -> autotune.Case:
 
 @pytest.mark.gpu
 def test_on_a_gpu_triton_is_measured_in_captured_graphs() -> None:
-    sd = Shapes(2, 77, torch.bfloat16, [(320, 8, 4096), (1280, 8, 64)], [(320, 320, 3, 3), (320,), (1280, 320)])
+    sd = Shapes(2, 77, torch.bfloat16, [(320, 8, 4096), (1280, 8, 64)], [(320, 64, 64)], 32, [(320, 4, 3, 3), (320,)])
     for case in find_cases([sd]):
         measured = measure_case(case, torch.device("cuda"))
         assert not measured.failed and {"reference", "triton"} <= measured.seconds.keys()
