@@ -23,6 +23,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 # The backends each op has beside `reference`.
 OPS = {
+    "adam": ("triton", "native"),
     "attention": ("triton", "native", "sdpa", "xformers"),
     "blend_embeddings": ("triton",),
     "group_norm_silu": ("triton", "native"),

@@ -6,8 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 
+#include "adam.h"
 #include "attention.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
@@ -108,6 +110,34 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, const Strid
   forgedit::attention(op, threads, instruction_set);
 }
 
+// Addresses of param, gradient, moment, square and copy, then the count.
+using AdamRow = std::array<uintptr_t, 6>;
+
+std::optional<forgedit::Dtype> parse_copy(const std::string& name) {
+  return name.empty() ? std::nullopt : std::optional(parse_dtype(name));
+}
+
+void require_equal(size_t rows, size_t sizes) {
+  if (rows != sizes) throw std::invalid_argument("table and sizes must have the same length");
+}
+
+void adam(const std::vector<AdamRow>& table, const std::vector<float>& sizes, float root, float new1, float keep2,
+          float new2, float eps, const std::string& gradient, const std::string& copy, int threads,
+          const std::string& instruction_set) {
+  require_equal(table.size(), sizes.size());
+  std::vector<forgedit::AdamTensor> tensors;
+  tensors.reserve(table.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    const AdamRow& row = table[i];
+    tensors.push_back({pointer<float>(row[0]), pointer<const void>(row[1]), pointer<float>(row[2]),
+                       pointer<float>(row[3]), pointer<void>(row[4]), row[5], sizes[i]});
+  }
+  const forgedit::Dtype parsed = parse_dtype(gradient);
+  const auto parsed_copy = parse_copy(copy);
+  nb::gil_scoped_release release;
+  forgedit::adam(tensors, {root, new1, keep2, new2, eps}, parsed, parsed_copy, threads, instruction_set);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -116,6 +146,10 @@ NB_MODULE(_native, m) {
   m.def("merge_weights", &merge_weights, nb::arg("original"), nb::arg("tuned"), nb::arg("out"), nb::arg("counts"),
         nb::kw_only(), nb::arg("dtype"), nb::arg("keep"), nb::arg("threads"), nb::arg("instruction_set"),
         "Merge tensors given by address and element count.");
+  m.def("adam", &adam, nb::arg("table"), nb::arg("sizes"), nb::kw_only(), nb::arg("root"), nb::arg("new1"),
+        nb::arg("keep2"), nb::arg("new2"), nb::arg("eps"), nb::arg("gradient"), nb::arg("copy"), nb::arg("threads"),
+        nb::arg("instruction_set"),
+        "One Adam update; table: addresses of param, gradient, moment, square, copy (0 for none), and the count.");
   m.def("geglu", &geglu, nb::arg("product"), nb::arg("out"), nb::kw_only(), nb::arg("rows"), nb::arg("features"),
         nb::arg("dtype"), nb::arg("threads"), nb::arg("instruction_set"),
         "out [rows, features] = value * gelu(gate) of product [rows, 2 * features]; float32 or bfloat16.");
