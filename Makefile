@@ -18,12 +18,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/native/*
 
-# Appends rows to bench/results/, then makes the README's tables and pictures from them. Some five minutes on two free cores.
+# Appends rows to bench/results/, then makes the README's tables and pictures from them. Some eight minutes on two free cores.
 STAGES = -m pytest -q -rs bench/stages.py --benchmark-columns=median,rounds --threads $(THREADS)
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(STAGES)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.sessions --pairs 5 --threads $(THREADS)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.ops --threads $(THREADS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.denoise --threads $(THREADS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.equality --threads $(THREADS)
 	$(MAKE) tables
 
 tables: $(VENV)/.installed-dev
@@ -34,13 +36,16 @@ tables: $(VENV)/.installed-dev
 # is that machine's. With OUT set, rows and log land there. COMMIT names the commit where the tree is no checkout.
 GPU = PYTHONPATH=runtime:kernels:$$PYTHONPATH $(PYTHON)
 LOGS = $(or $(OUT),out)
-ROWS = $(if $(OUT),$(OUT)/results,bench/results)
+TO = --results $(if $(OUT),$(OUT)/results,bench/results) $(if $(COMMIT),--commit $(COMMIT))
 gpu: SHELL = bash
 gpu:
 	mkdir -p $(LOGS)
 	set -o pipefail; { \
 	    $(GPU) -m pytest -q -rs -m gpu; tests=$$?; \
-	    $(GPU) $(STAGES) -m gpu --results $(ROWS) $(if $(COMMIT),--commit $(COMMIT)); exit $$((tests | $$?)); \
+	    $(GPU) $(STAGES) -m gpu $(TO); stages=$$?; \
+	    $(GPU) -m bench.equality --device cuda $(TO); equal=$$?; \
+	    $(GPU) -m bench.denoise --device cuda $(TO); \
+	    $(GPU) -m bench.denoise --model sd14 --device cuda $(TO); exit $$((tests | stages | equal | $$?)); \
 	} 2>&1 | tee $(LOGS)/gpu.log
 
 clean:

@@ -87,9 +87,15 @@ def append(
     results: the folder, made if it is not there; None for bench/results; commit: see provenance
     """
     fields = asdict(row)
-    line = {**fields, **fields.pop("timing"), **provenance(device, commit)}
-    del line["timing"]
-    folder = results or RESULTS
+    return append_line(name, fields.pop("timing") | fields, device, results, commit)
+
+
+def append_line(
+    name: str, fields: dict[str, object], device: torch.device, results: Path | None = None, commit: str | None = None
+) -> dict[str, object]:
+    """As append, of fields that are no Row."""
+    line = {**fields, **provenance(device, commit)}
+    folder = Path(results or RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -97,8 +97,57 @@ def world_table(results: Path) -> str:
     return _table(heads, lines) + f"\n{rows[-1]['device']}, model {rows[-1]['model']}, {rows[-1]['time'][:10]}.\n"
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"stages": stages_table, "sessions": sessions_table, "world": world_table}
-FILES = {ROOT / "README.md": ("stages", "sessions"), ROOT / "runtime/forgedit/model/bundled/README.md": ("world",)}
+def denoise_table(results: Path) -> str:
+    """One edit's denoising on every path, a block for each model and machine."""
+    blocks = []
+    for run in newest_runs(read("denoise", results), "model", "device"):
+        lines = [
+            [
+                f"{row['backend']}, {row['dtype']}",
+                in_words(row["p50_s"]),
+                f"{1 / row['step_s']:.1f}",
+                f"{row['faster']:.2f}",
+                f"{row['error']:.1e}",
+            ]
+            for row in run
+        ]
+        heads = [f"{run[-1]['model']}, {run[-1]['case']}", "seconds", "steps a second", "times diffusers", "error"]
+        blocks.append(_table(heads, lines) + f"\n{run[-1]['size']} pixels: {origin(run)}.\n")
+    return "\n".join(blocks) or NOT_MEASURED
+
+
+def equality_table(results: Path) -> str:
+    """How near each path's edits are to the reference's; the newest run of each machine."""
+    blocks = []
+    for run in newest_runs(read("equality", results), "model", "device"):
+        lines = []
+        for row in run:
+            pictures = [""] * 3
+            if "psnr" in row:
+                ours, theirs = (
+                    f"{row[key]:.1f} dB, {row[key.replace('psnr', 'ssim')]:.4f}" for key in ("psnr", "plain_psnr")
+                )
+                pictures = [ours, theirs, f"at least {row['allowed']:.1f} dB"]
+            else:
+                pictures[2] = f"latents at most {row['allowed']:.0e}"
+            verdict = "met" if row["met"] else "**missed**"
+            lines.append([f"{row['backend']} ({row['dtype']})", f"{row['latents']:.1e}", *pictures, verdict])
+        heads = ["numerics", "final latents, worst", "PSNR, SSIM", "diffusers in that dtype", "asked", ""]
+        blocks.append(_table(heads, lines) + f"\n{run[-1]['edits']} edits by {run[-1]['model']}: {origin(run)}.\n")
+    return "\n".join(blocks) or NOT_MEASURED
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "denoise": denoise_table,
+    "equality": equality_table,
+    "sessions": sessions_table,
+    "stages": stages_table,
+    "world": world_table,
+}
+FILES = {
+    ROOT / "README.md": ("stages", "sessions", "denoise", "equality"),
+    ROOT / "runtime/forgedit/model/bundled/README.md": ("world",),
+}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

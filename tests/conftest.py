@@ -2,9 +2,11 @@
 without a GPU Triton's interpreter, which must be asked for before any kernel is imported."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="forgedit-tests-")  # no table that this machine's user measured
 
 import pytest
 import torch

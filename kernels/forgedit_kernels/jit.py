@@ -7,12 +7,14 @@ op's reference beside its kernels, and the package imports anywhere. The kernel 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
+@functools.cache
 def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -1,4 +1,4 @@
-"""The command line: edit, tune, sweep, caption, info, demo, profile.
+"""The command line: edit, tune, sweep, caption, info, demo, profile, autotune.
 
 Exit codes: 0 done; 1 the machine or the model failed; 2 wrong input, nothing was written; 130 interrupted, what was
 finished is kept.
@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from forgedit.autotune import Measured, autotune, unet_shapes
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
 from forgedit.console import Console, showing_log
 from forgedit.delta import DELTA_FORMATS
@@ -125,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(sub, TuneConfig)
     command("caption", "say what is in a photo").add_argument("photo", metavar="PHOTO", type=Path)
     command("info", "say what the model, the machine and the recommended settings are")
+    sub = command("autotune", "measure which backend is fastest on this device at the model's shapes, and keep that")
+    sub.add_argument(
+        "--sizes", type=_sizes, metavar="WxH,…", help="of edited pictures, pixels; left out: the model's own"
+    )
+    sub.add_argument("--edits", type=int, default=1, help="made together (default 1)")
     add_profile_flags(command("profile", "trace and measure a tune and edits: ops, roofline, latencies, memory"))
     sub = command("demo", "tune, edit and sweep the photo that comes with the model")
     sub.add_argument("--out", metavar="DIR", type=Path, default=Path("out/demo"))
@@ -140,10 +146,12 @@ def _bytes(text: str) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     _set_machine(args)
-    job = None if args.command == "info" else check_job(args)
+    job = None if args.command in ("info", "autotune") else check_job(args)
     begin = time.perf_counter()
     editor = _editor(args, args.numerics)
     load_seconds = time.perf_counter() - begin
+    if args.command == "autotune":
+        return _autotune(args, editor, console)
     if job is None:
         facts = {**editor.info(), "threads": torch.get_num_threads(), "recommended": asdict(editor.defaults)}
         console.event("info", **facts)
@@ -160,6 +168,51 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         counted = None if args.numerics == "reference" else _editor(args, "reference")
         return run_profile(job, args, editor, console, counted)
     return run_job(job, args, editor, console, load_seconds)
+
+
+def _autotune(args: argparse.Namespace, editor: Editor, console: Console) -> int:
+    """Measure at the sizes asked for; guided pictures have two rows."""
+    model = editor.model
+    if args.edits < 1:
+        raise InputError(f"--edits {args.edits} is out of range; expected a whole number >= 1")
+    sides = args.sizes or [(model.resolution, model.resolution)]
+    shapes = [
+        unet_shapes(
+            model.unet,
+            height // model.vae_scale,
+            width // model.vae_scale,
+            rows=2 * args.edits,
+            prompt_tokens=model.tokenizer.model_max_length,
+            dtype=NUMERICS[args.numerics],
+        )
+        for width, height in sides
+    ]
+
+    def tell(measured: Measured) -> None:
+        case = measured.case
+        console.event("measured", op=case.op, shape=case.key, seconds=measured.seconds, failed=measured.failed)
+        times = ", ".join(f"{name} {seconds * 1e6:.0f} µs" for name, seconds in measured.seconds.items())
+        console.text(f"{case.op} {case.key}: {measured.backend} ({times})")
+
+    path = autotune(shapes, model.alphas_cumprod.device, on_result=tell)
+    console.event("table", path=str(path))
+    console.text(f"table: {path}")
+    return 0
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    """'512x512,768x512' as widths and heights."""
+    try:
+        pairs = [tuple(int(side) for side in part.split("x")) for part in text.split(",")]
+        return [(width, height) for width, height in pairs if _positive(width, height)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text!r}; expected sizes such as 512x512,768x512") from error
+
+
+def _positive(*sides: int) -> bool:
+    if min(sides) < 1:
+        raise ValueError(f"{sides} are no sides of a picture")
+    return True
 
 
 def _editor(args: argparse.Namespace, numerics: str) -> Editor:

@@ -306,7 +306,7 @@ def test_interrupted_while_it_reports(run, session_file, tmp_path, monkeypatch):
 
 
 def test_interrupted_before_anything(run, photo, tmp_path, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **named):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("forgedit.editor.Editor.from_pretrained", interrupt)

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+import forgedit.engine.sampler
 import forgedit.engine.weights
 from forgedit import Cancelled, DeadlineExceeded, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
 from forgedit.config import STRATEGIES, parse_strategy
@@ -19,6 +20,7 @@ from forgedit.model.load import BUNDLED
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.sample import ddim_step, ddim_timesteps
+from forgedit_kernels import available_backends
 
 TUNE = TuneConfig(num_steps=3, batch_size=2, unet_lr=1e-2, caption="a cat")
 EDIT = EditConfig(strategy="encoderattn", num_steps=4)
@@ -348,6 +350,7 @@ def test_memory_decides_how_many_edits_go_together(folder, session):
     several = replace(session, editor=plans[0], prompts={})
     several.edit("a dog", EDIT)
     plan = plans[0]._path.plan(shape)
+    assert plans[0]._path.max_edits(shape) == plan.batch
     assert plan.peak <= 10**9 and plan.batch > 1
     tight = Editor.from_pretrained(folder, memory_bytes=plan.weights + 1000)
     with pytest.raises(RuntimeError, match="one edit of 4 by 12 latents needs"):
@@ -410,3 +413,30 @@ def test_warming_up_changes_no_picture(folder, session, numerics):
     assert torch.equal(replace(session, editor=editor, prompts={}).edit("a dog", EDIT).latents, cold.latents)
     with pytest.raises(ValueError, match="size 48 by 20 cannot be edited; expected multiples of 16 pixels"):
         editor.warmup([(48, 20)])
+
+
+@pytest.mark.parametrize("backend", available_backends("cpu"))
+def test_a_named_backend_serves_the_ops_that_have_it(bundled_session, backend):
+    """'native' beside channels-last convolutions too, whose weights the native merge does not write."""
+    config = replace(bundled_session.editor.defaults.edit, num_steps=3, keep=0.3)
+    editor = Editor.from_pretrained("bundled", backend=backend)
+    edit = replace(bundled_session, editor=editor, prompts={}).edit(MUG, config)
+    assert distance(edit.latents, bundled_session.edit(MUG, config).latents) < EXACT
+
+
+@pytest.mark.skipif("native" not in available_backends("cpu"), reason="the native module was not built on this machine")
+def test_a_shape_that_a_named_backend_does_not_serve_is_an_error(folder, session):
+    native = replace(session, editor=Editor.from_pretrained(folder, backend="native"), prompts={})
+    with pytest.raises(RuntimeError, match="backend 'native' cannot run attention: got head dim 8.*use 'auto'"):
+        native.edit("a dog", EDIT)
+
+
+def test_buffers_of_many_sizes_do_not_pile_up(folder, session, monkeypatch):
+    monkeypatch.setattr(forgedit.engine.sampler, "MOST_BUFFERS", 2)
+    editor = Editor.from_pretrained(folder)
+    again = replace(session, editor=editor, prompts={})
+    before = again.edit("a dog", EDIT).latents
+    for steps in (65, 66, 67):
+        again.edit("a dog", replace(EDIT, num_steps=steps))
+        assert len(editor._path._sampler._buffers) <= 2
+    assert torch.equal(again.edit("a dog", EDIT).latents, before)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from forgedit import Edit, EditConfig, SweepConfig, TuneConfig
 from forgedit.quality.contact_sheet import MARK, SHORT_SIDE, contact_sheet
-from forgedit.quality.metrics import psnr
+from forgedit.quality.metrics import psnr, ssim
 from forgedit.quality.report import describe_edit, make_report, write_report
 
 COLOURS = [(20 * index, 255 - 20 * index, 60) for index in range(12)]
@@ -104,3 +104,34 @@ def test_an_equal_picture_is_no_infinity_in_json(editor, photo):
     session = editor.tune(photo, TuneConfig(num_steps=1, batch_size=1, caption="a cat"))
     same = Edit(session.source, torch.zeros(1), EditConfig(), "t", {})
     assert describe_edit(same, session, "edit.png")["psnr_to_original"] is None
+
+
+def test_ssim_by_hand():
+    """Flat pictures have no variance: only the luminance term is left. Noise lowers it; a copy has 1."""
+    dark, light = (Image.new("RGB", (16, 12), (value,) * 3) for value in (100, 120))
+    c1 = (0.01 * 255) ** 2
+    assert ssim(dark, light) == pytest.approx((2 * 100 * 120 + c1) / (100**2 + 120**2 + c1), rel=1e-12)
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype(np.uint8)
+    picture = Image.fromarray(noise)
+    assert ssim(picture, picture) == pytest.approx(1)
+    assert ssim(picture, dark) < 0.1
+    assert ssim(picture, Image.fromarray(255 - noise)) < -0.5
+    with pytest.raises(ValueError, match="at least 11 a side"):
+        ssim(Image.new("RGB", (16, 10)), Image.new("RGB", (16, 10)))
+
+
+def test_ssim_is_the_windowed_definition():
+    """One window alone, so that the mean over windows is that window's value."""
+    rng = np.random.default_rng(1)
+    ours, theirs = rng.integers(0, 255, (2, 11, 11, 3)).astype(np.uint8)
+    window = np.exp(-((np.arange(11) - 5.0) ** 2) / 4.5)
+    window = np.outer(window, window) / window.sum() ** 2
+    expected = []
+    for channel in range(3):
+        x, y = ours[..., channel].astype(float), theirs[..., channel].astype(float)
+        mx, my = (window * x).sum(), (window * y).sum()
+        vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+        cov = (window * (x - mx) * (y - my)).sum()
+        c1, c2 = 2.55**2, 7.65**2
+        expected.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    assert ssim(Image.fromarray(ours), Image.fromarray(theirs)) == pytest.approx(np.mean(expected), rel=1e-9)

@@ -85,8 +85,7 @@ def make_batch(
     Raises: EditDiverged if the first one's latents are not finite; what the stages raise
     """
     step_size, decode_size = _sizes(configs, shape, numerics)
-    cold = stats.expected_seconds(step_size, {"step": 1}) is None
-    misses = path.graphs.misses
+    cold, captures = stats.is_new("step", step_size), path.graphs.captures
     with progress.stage("blend"):
         embeddings = path.blend(source, target, configs)
     with progress.stage("forget"):
@@ -99,7 +98,7 @@ def make_batch(
     good = [*finite, False].index(False)
     with progress.stage("decode"):
         images = path.decode(latents[:good])
-    cold = cold or path.graphs.misses > misses
+    cold = cold or path.graphs.captures > captures
     seconds = progress.seconds
     stats.record("blend", seconds["blend"])
     stats.record("forget", seconds["forget"])

@@ -52,6 +52,7 @@ class Resident:
         self._sampler = Sampler(self._unet, graphs, backend)
         self._schedules: dict[tuple[str, int], Schedule] = {}
         self._memory_bytes, self._most = memory_bytes, MOST_EDITS
+        self._plans: dict[tuple[int, int, int], SamplingPlan] = {}
         self._vae: Any = model.vae
         if self._dtype != torch.float32:
             half: Any = copy.deepcopy(model.vae)
@@ -59,7 +60,9 @@ class Resident:
 
     def max_edits(self, shape: tuple[int, int, int]) -> int:
         """How many edits sample takes together, for latents of `shape`. Raises: RuntimeError if not even one fits."""
-        return self.plan(shape).batch
+        if shape not in self._plans:  # once, as the buffers of the first batch would count against the second's
+            self._plans[shape] = self.plan(shape)
+        return min(self._plans[shape].batch, self._most)
 
     def plan(self, shape: tuple[int, int, int]) -> SamplingPlan:
         """What sampling of latents of `shape` is predicted to hold. Raises: RuntimeError if not even one edit fits."""
@@ -79,7 +82,6 @@ class Resident:
             budget=self._memory_bytes or device_budget(device),
             tokens=model.tokenizer.model_max_length,
             decode_batch=DECODE_TOGETHER,
-            most=self._most,
         )
 
     def shrink(self) -> bool:

@@ -19,6 +19,7 @@ from forgedit.model.fuse import FusedUNet
 from forgedit.stages.sample import ddim_step, ddim_timesteps
 from forgedit_kernels import backend_for, guided_step
 
+MOST_BUFFERS = 16  # shapes kept at once; with another, all are let go, and their graphs with them
 TABLE_ROWS = 64  # steps a table has room for, at least; with more it grows, and its graph is captured anew
 
 
@@ -113,6 +114,8 @@ class Sampler:
         guided, num_steps = guidance_scale != 1, len(schedule.timesteps)  # u + 1 * (c - u) is c: half the work
         key = (*noise.shape, int(guided), max(TABLE_ROWS, num_steps), embeddings.shape[1])
         if key not in self._buffers:
+            if len(self._buffers) == MOST_BUFFERS:
+                self.clear()
             self._buffers[key] = self._allocate(key, embeddings)
         buffers = self._buffers[key]
         self._fill(buffers, schedule, version, embeddings, unconditional if guided else None)

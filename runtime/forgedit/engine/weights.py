@@ -23,7 +23,9 @@ class ResidentWeights:
     def __init__(self, resident: Mapping[str, Tensor], original: Mapping[str, Tensor], backend: str = "auto") -> None:
         self.version = 0
         self._resident, self._original = resident, original
-        self._backend = backend_for("merge_weights", backend)
+        told = backend_for("merge_weights", backend)
+        # native keeps the layout, which a convolution's weights change: it serves what it can, and 'auto' the rest
+        self._backend = "auto" if told == "native" else told
         self._held: dict[str, object] = {}  # (owner, share kept) by name; a name that is absent holds the original
 
     def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> bool:
