@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from forgedit_kernels import table
 from forgedit_kernels.attention_backends import (
@@ -26,10 +27,11 @@ from forgedit_kernels.attention_backends import (
     attention_xformers,
     xformers_obstacle,
 )
+from forgedit_kernels.attention_backward import attention_backward
+from forgedit_kernels.attention_tiles import DTYPES, capability_of, load_piece, pieces, store_piece
 from forgedit_kernels.dispatch import choose, triton_obstacle
 from forgedit_kernels.jit import Variant, interpreted, jit, tl
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # with Triton's names
 _HEAD_DIMS = range(8, 257, 8)  # of the kernel
 
 
@@ -45,50 +47,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
 
 
 @jit
-def _load_piece(  # type: ignore[no-untyped-def]
-    ptr,
-    stride,
-    rows_left,
-    ROWS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Columns FIRST to FIRST + WIDTH of ROWS rows; zero past column D and, if RAGGED, past `rows_left` rows."""
-    rows = tl.arange(0, ROWS)[:, None]
-    columns = FIRST + tl.arange(0, WIDTH)[None, :]
-    ptrs = ptr + rows * stride + columns
-    if RAGGED and FIRST + WIDTH > D:
-        piece = tl.load(ptrs, mask=(rows < rows_left) & (columns < D), other=0.0)
-    elif RAGGED:
-        piece = tl.load(ptrs, mask=rows < rows_left, other=0.0)
-    elif FIRST + WIDTH > D:
-        piece = tl.load(ptrs, mask=columns < D, other=0.0)
-    else:
-        piece = tl.load(ptrs)
-    if INTERPRET:  # its products of bfloat16 are wrong
-        piece = piece.to(tl.float32)
-    return piece
-
-
-@jit
-def _store_piece(ptr, stride, rows_left, piece, FIRST: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The output's columns from FIRST on, as far as they are columns and rows of it."""
-    rows = tl.arange(0, piece.shape[0])[:, None]
-    columns = FIRST + tl.arange(0, piece.shape[1])[None, :]
-    piece = piece.to(ptr.dtype.element_ty)
-    tl.store(ptr + rows * stride + columns, piece, mask=(rows < rows_left) & (columns < D))
-
-
-@jit
 def _attention_fwd_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,  # [B, H, N] float32, the log-sum-exp of each query's scores, or None
+    stats_ptr,  # [B, H, 2, N] float32, each query's `top` and `total`, or None
     q_stride_b,
     q_stride_n,
     q_stride_h,
@@ -123,9 +87,9 @@ def _attention_fwd_kernel(  # type: ignore[no-untyped-def]
     q_ptr += (batch * q_stride_b + head * q_stride_h + start.to(tl.int64) * q_stride_n) * UNIT
     k_ptr += (batch * k_stride_b + head * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + head * v_stride_h) * UNIT
-    q1 = _load_piece(q_ptr, q_stride_n * UNIT, tokens_left, BLOCK_N, True, 0, D1, D, INTERPRET)
+    q1 = load_piece(q_ptr, q_stride_n * UNIT, tokens_left, BLOCK_N, True, 0, D1, D, INTERPRET)
     if D2:
-        q2 = _load_piece(q_ptr, q_stride_n * UNIT, tokens_left, BLOCK_N, True, D1, D2, D, INTERPRET)
+        q2 = load_piece(q_ptr, q_stride_n * UNIT, tokens_left, BLOCK_N, True, D1, D2, D, INTERPRET)
 
     # each query's so far: largest scaled score, in base 2; sum of its weights 2^(score - top); their sum over v
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -136,10 +100,10 @@ def _attention_fwd_kernel(  # type: ignore[no-untyped-def]
 
     for first in range(0, keys, BLOCK_M):
         keys_left = keys - first
-        k1 = _load_piece(k_ptr, k_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, 0, D1, D, INTERPRET)
+        k1 = load_piece(k_ptr, k_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, 0, D1, D, INTERPRET)
         scores = tl.dot(q1, k1.T, input_precision="ieee")
         if D2:
-            k2 = _load_piece(k_ptr, k_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, D1, D2, D, INTERPRET)
+            k2 = load_piece(k_ptr, k_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, D1, D2, D, INTERPRET)
             scores = tl.dot(q2, k2.T, scores, input_precision="ieee")
         if RAGGED:
             scores = tl.where(tl.arange(0, BLOCK_M)[None, :] < keys_left, scores, float("-inf"))
@@ -150,32 +114,35 @@ def _attention_fwd_kernel(  # type: ignore[no-untyped-def]
         total = total * rescale + tl.sum(weights, 1)
         top = new_top
 
-        v1 = _load_piece(v_ptr, v_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, 0, V1, D, INTERPRET)
+        v1 = load_piece(v_ptr, v_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, 0, V1, D, INTERPRET)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * rescale[:, None], input_precision="ieee")
         if V2:
-            v2 = _load_piece(v_ptr, v_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, V1, V2, D, INTERPRET)
+            v2 = load_piece(v_ptr, v_stride_m * UNIT, keys_left, BLOCK_M, RAGGED, V1, V2, D, INTERPRET)
             acc2 = tl.dot(weights, v2, acc2 * rescale[:, None], input_precision="ieee")
         k_ptr += BLOCK_M * k_stride_m * UNIT
         v_ptr += BLOCK_M * v_stride_m * UNIT
 
     out_ptr += ((batch * tokens + start) * heads + head) * D
-    _store_piece(out_ptr, heads * D, tokens_left, acc1 / total[:, None], 0, D)
+    store_piece(out_ptr, heads * D, tokens_left, acc1 / total[:, None], 0, D)
     if V2:
-        _store_piece(out_ptr, heads * D, tokens_left, acc2 / total[:, None], V1, D)
-    if lse_ptr is not None:
+        store_piece(out_ptr, heads * D, tokens_left, acc2 / total[:, None], V1, D)
+    if stats_ptr is not None:
         rows = tl.arange(0, BLOCK_N)
-        lse = (top + tl.log2(total)) * 0.6931471805599453  # ln 2
-        tl.store(lse_ptr + (batch * heads + head) * tokens + start + rows, lse, mask=rows < tokens_left)
+        stats_ptr += (batch * heads + head) * 2 * tokens + start
+        tl.store(stats_ptr + rows, top, mask=rows < tokens_left)
+        tl.store(stats_ptr + tokens + rows, total, mask=rows < tokens_left)
 
 
 def _blocks(head_dim: int, dtype: torch.dtype, keys: int, capability: int | None) -> dict[str, int]:
-    """Block sizes, warps and stages where none were measured, chosen so that no chip spills registers.
+    """Block sizes, warps and stages where none were measured, such that no shipped variant spills registers.
 
     capability: 90 for sm_90; None for the interpreter, whose time goes by the number of tiles, whatever their size
     """
     if capability is None:
         rows, columns, warps, stages = 256, 128, 4, 1
+    elif dtype == torch.float32 and head_dim > 192:
+        rows, columns, warps, stages = 16, 16, 4, 2
     elif dtype == torch.float32 and head_dim > 128:  # on the ordinary units: what each chip does without spills
         rows, columns, warps, stages = (32, 32, 8, 2) if capability == 80 else (16, 32, 4, 2)
     elif dtype == torch.float32:
@@ -193,45 +160,33 @@ def _blocks(head_dim: int, dtype: torch.dtype, keys: int, capability: int | None
     return {"BLOCK_N": rows, "BLOCK_M": columns, "num_warps": warps, "num_stages": stages}
 
 
-def _pieces(head_dim: int, least: int) -> tuple[int, int]:
-    """Two powers of 2, at least `least` wide, that cover the head dim; the second is 0 where one does."""
-    first = max(least, 1 << head_dim.bit_length() - 1)
-    rest = max(0, head_dim - first)
-    return first, rest and max(least, 1 << (rest - 1).bit_length())
-
-
 def _constexprs(head_dim: int, keys: int, capability: int | None, BLOCK_N: int, BLOCK_M: int) -> dict[str, Any]:
-    """What the kernel is compiled for, beside UNIT and whether it writes the log-sum-exp."""
-    d1, d2 = _pieces(head_dim, 16)
+    """What the kernel is compiled for, beside UNIT and whether it writes the statistics."""
+    d1, d2 = pieces(head_dim, 16)
     # from sm_90 on the matrix units that run beside the warps take no 8 columns: 16 there
-    v1, v2 = _pieces(head_dim, 8 if capability is None or capability < 90 else 16)
-    pieces = {"D": head_dim, "D1": d1, "D2": d2, "V1": v1, "V2": v2}
-    return {**pieces, "RAGGED": keys % BLOCK_M != 0, "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M}
-
-
-def _capability(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    v1, v2 = pieces(head_dim, 8 if capability is None or capability < 90 else 16)
+    widths = {"D": head_dim, "D1": d1, "D2": d2, "V1": v1, "V2": v2}
+    return {**widths, "RAGGED": keys % BLOCK_M != 0, "BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M}
 
 
 def _attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, blocks: dict[str, int] | None = None, with_lse: bool = False
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, blocks: dict[str, int] | None = None, with_stats: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The output and, if asked for, the scores' log-sum-exp [B, H, N] in float32.
+    """The output and, if asked for, what the gradients take of the softmax: [B, H, 2, N] in float32.
 
+    That is of each query the largest scaled score t, in base 2, and the sum of its weights 2^(score - t). Their
+    log-sum-exp alone would do for scores near 0; at some hundreds its rounding spoils float32's weights.
     blocks: any of BLOCK_N, BLOCK_M, num_warps, num_stages, over those of the heuristic
     """
     batch, tokens, heads, head_dim = q.shape
     keys = k.shape[1]
-    capability = _capability(q.device)
+    capability = capability_of(q.device)
     sizes = _blocks(head_dim, q.dtype, keys, capability) | (blocks or {})
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device) if with_lse else None
+    stats = torch.empty(batch, heads, 2, tokens, dtype=torch.float32, device=q.device) if with_stats else None
     programs = -(-tokens // sizes["BLOCK_N"]) * heads * batch
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(programs,)](
@@ -239,7 +194,7 @@ def _attention_triton(
             k,
             v,
             out,
-            lse,
+            stats,
             *(stride // unit for stride in strides),
             heads,
             tokens,
@@ -250,7 +205,25 @@ def _attention_triton(
             **_constexprs(head_dim, keys, capability, **sizes),
             **options,
         )
-    return out, lse
+    return out, stats
+
+
+class _Attention(torch.autograd.Function):
+    """The forward kernel, and the backward ones, for which q, k, v, the output and two numbers a query are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: dict[str, int] | None) -> Tensor:
+        out, stats = _attention_triton(q, k, v, scale, blocks=blocks, with_stats=True)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, stats = ctx.saved_tensors
+        keys_too = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        return *attention_backward(dout, q, k, v, out, stats, ctx.scale, keys_too=keys_too), None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
@@ -261,11 +234,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     scale: positive; None takes D ** -0.5
     Returns: [B, N, H, D], contiguous, so that `.flatten(2)` is the tokens [B, N, H * D]
     Raises: ValueError for arguments; RuntimeError if a named backend cannot run
-    Gradients flow through reference, sdpa and xformers. float32 is multiplied as float32, never as TF32, by triton;
-    by reference and sdpa as long as torch's own switch for TF32 is off.
+    Gradients flow through every backend but native; triton's are of first order, and equal in every bit from run to
+    run. float32 is multiplied as float32, never as TF32, by triton; by reference and sdpa as long as torch's own switch
+    for TF32 is off. Measured tables are asked for the shape, such as "d40 n4096 m77 bfloat16", with " grad" after it if
+    a gradient is wanted: the fastest forward pass need not have the fastest backward one.
     """
     scale = _checked(q, k, v, scale)
-    key = f"d{q.shape[3]} n{q.shape[1]} m{k.shape[1]} {str(q.dtype).removeprefix('torch.')}"
+    with_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = f"d{q.shape[3]} n{q.shape[1]} m{k.shape[1]} {str(q.dtype).removeprefix('torch.')}{' grad' * with_grad}"
     obstacles = {
         "triton": lambda: _triton_obstacle(q, k, v),
         "native": lambda: attention_native_obstacle(q, k, v),
@@ -274,9 +250,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     }
     chosen = choose("attention", backend, obstacles, table.preferred("attention", q.device, key))
     if q.numel() == 0:
-        return q.new_empty(q.shape)
+        return attention_reference(q, k, v, scale=scale)  # nothing, and zeros for the gradients
     if chosen == "triton":
-        return _attention_triton(q, k, v, scale, blocks=table.blocks("attention", q.device, key))[0]
+        blocks = table.blocks("attention", q.device, key)
+        if with_grad:
+            return _Attention.apply(q, k, v, scale, blocks)
+        return _attention_triton(q, k, v, scale, blocks=blocks)[0]
     if chosen == "native":
         return attention_native(q, k, v, scale)
     if chosen == "sdpa":
@@ -312,12 +291,10 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
 
 
 def _triton_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if (obstacle := triton_obstacle(q.device, q.dtype, tuple(_DTYPES))) is not None:
+    if (obstacle := triton_obstacle(q.device, q.dtype, tuple(DTYPES))) is not None:
         return obstacle
     if q.shape[3] not in _HEAD_DIMS:
         return f"got head dim {q.shape[3]}, it takes multiples of 8 up to {_HEAD_DIMS[-1]}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "its result carries no gradient, and one is asked for; call it under torch.no_grad()"
     return None
 
 
@@ -326,21 +303,25 @@ def variants() -> list[Variant]:
     shipped = [(d, torch.bfloat16, keys) for d in (32, 40, 64, 80, 160) for keys in (4096, 77)]
     shipped += [(40, torch.float16, 4096)]  # the same code
     shipped += [(d, torch.float32, 4096) for d in (40, 64, 80, 160)]
-    return [_variant(d, dtype, keys, arch) for d, dtype, keys in shipped for arch in (80, 89, 90, 100)]
+    training = [(d, torch.bfloat16, 4096) for d in (40, 80, 160)]
+    cases = [(*case, False) for case in shipped] + [(*case, True) for case in training]
+    return [_variant(*case, arch) for case in cases for arch in (80, 89, 90, 100)]
 
 
-def _variant(head_dim: int, dtype: torch.dtype, keys: int, arch: int) -> Variant:
+def _variant(head_dim: int, dtype: torch.dtype, keys: int, with_stats: bool, arch: int) -> Variant:
     sizes = _blocks(head_dim, dtype, keys, arch)
     strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bnh"), ("k", "bmh"), ("v", "bmh")) for axis in axes]
     return Variant(
-        name=f"attention forward d{head_dim} m{keys} {str(dtype).removeprefix('torch.')}",
+        name=f"attention forward d{head_dim} m{keys} {str(dtype).removeprefix('torch.')}{' training' * with_stats}",
         kernel=_attention_fwd_kernel,
-        signature={f"{x}_ptr": f"*{_DTYPES[dtype]}" for x in ("q", "k", "v", "out")}
+        signature={f"{x}_ptr": f"*{DTYPES[dtype]}" for x in ("q", "k", "v", "out")}
         | dict.fromkeys([*strides, "heads", "tokens", "keys"], "i32")
-        | {"scale_log2": "fp32"},
+        | {"scale_log2": "fp32"}
+        | ({"stats_ptr": "*fp32"} if with_stats else {}),
         num_warps=sizes.pop("num_warps"),
         num_stages=sizes.pop("num_stages"),
-        constexprs={"lse_ptr": None, "UNIT": 8, "INTERPRET": False, **_constexprs(head_dim, keys, arch, **sizes)},
+        constexprs=({} if with_stats else {"stats_ptr": None})
+        | {"UNIT": 8, "INTERPRET": False, **_constexprs(head_dim, keys, arch, **sizes)},
         matrix=dtype != torch.float32,
         archs=(arch,),
     )
