@@ -12,6 +12,7 @@ from PIL import Image
 
 import forgedit.engine.sampler
 import forgedit.engine.weights
+import forgedit.model.fuse
 from forgedit import Cancelled, DeadlineExceeded, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
 from forgedit.config import STRATEGIES, parse_strategy
 from forgedit.engine.numerics import true_float32
@@ -82,6 +83,20 @@ def test_the_fused_unet_is_diffusers(shape, size):
         assert distance(answer(fused, latents, timestep, embeddings), expected) < 2e-6
     unguided = unet(latents, 981, embeddings[3:]).sample
     assert distance(answer(fused, latents, 981, embeddings[3:]), unguided) < 2e-6
+
+
+def test_features_stay_channels_last(monkeypatch):
+    """Every norm is given channels-last features: else tokens are no views, and each op copies."""
+    seen, ours = [], forgedit.model.fuse.group_norm_silu
+
+    def group_norm_silu(x, **arguments):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return ours(x, **arguments)
+
+    monkeypatch.setattr(forgedit.model.fuse, "group_norm_silu", group_norm_silu)
+    fused = FusedUNet(small_unet(attention_head_dim=2))
+    prediction = answer(fused, torch.randn(1, 4, 8, 8), 500, torch.randn(2, 7, 24))
+    assert len(seen) > 20 and all(seen) and prediction.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in small_unet(attention_head_dim=2).named_parameters()])
@@ -427,7 +442,7 @@ def test_a_named_backend_serves_the_ops_that_have_it(bundled_session, backend):
 @pytest.mark.skipif("native" not in available_backends("cpu"), reason="the native module was not built on this machine")
 def test_a_shape_that_a_named_backend_does_not_serve_is_an_error(folder, session):
     native = replace(session, editor=Editor.from_pretrained(folder, backend="native"), prompts={})
-    with pytest.raises(RuntimeError, match="backend 'native' cannot run attention: got head dim 8.*use 'auto'"):
+    with pytest.raises(RuntimeError, match=r"backend 'native' cannot run attention: got head dim 8.*use 'auto'"):
         native.edit("a dog", EDIT)
 
 

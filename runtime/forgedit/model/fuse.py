@@ -120,7 +120,7 @@ class _State:
     def repeat(self, features: Tensor) -> Tensor:
         """Features computed once for the guidance rows, [B, ...], for each of them, [R, ...]."""
         times = self.rows // features.shape[0]
-        return features if times == 1 else features.unsqueeze(0).expand(times, *features.shape).flatten(0, 1)
+        return features if times == 1 else torch.cat([features] * times)  # keeps the layout, as expanding would not
 
 
 @dataclass(frozen=True)
