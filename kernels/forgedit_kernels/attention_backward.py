@@ -296,12 +296,16 @@ def attention_backward(
 
 
 def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, keys: int, capability: int | None) -> dict[str, int]:
-    """Block sizes, warps and stages of "dq" or "dkv", chosen so that no chip spills registers.
+    """Block sizes, warps and stages of "dq" or "dkv", such that no shipped variant spills registers.
 
     capability: 90 for sm_90; None for the interpreter, whose time goes by the number of tiles, whatever their size
     """
     if capability is None:
         rows, columns, warps, stages = 256, 128, 4, 1
+    elif head_dim > 160 and dtype == torch.float32:
+        rows, columns, warps, stages = 16, 16, 4, 1
+    elif head_dim > 160:
+        rows, columns, warps, stages = (32, 32, 4, 1) if kernel == "dq" else (16, 64, 8, 2)
     elif dtype == torch.float32 and kernel == "dq":  # on the ordinary units
         rows, columns, warps, stages = (64, 32, 8, 1) if head_dim <= 96 else (32, 32, 8, 2)
     elif dtype == torch.float32:
