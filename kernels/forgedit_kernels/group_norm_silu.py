@@ -368,7 +368,9 @@ def group_norm_silu(
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
     tensors = [x, *inputs.values()]
     obstacles = {"triton": lambda: _triton_obstacle(x, groups, tensors), "native": lambda: _native_obstacle(x, tensors)}
-    chosen = choose("group_norm_silu", backend, obstacles, preferred("group_norm_silu", x.device, shape_key(x, groups)))
+    chosen = choose(
+        "group_norm_silu", backend, obstacles, preferred("group_norm_silu", x.device, lambda: shape_key(x, groups))
+    )
     if not x.numel():
         return torch.empty_like(x)
     if chosen == "triton":

@@ -32,7 +32,7 @@ def norm_linear_reference(
 
 def linear_residual_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """The product, then the residual, in plain torch, in the tensors' own dtype."""
-    return F.linear(x, weight, bias) + residual
+    return F.linear(x, weight, bias).add_(residual)
 
 
 def norm_geglu_reference(
@@ -64,38 +64,47 @@ def _norm_geglu_native(
     return y
 
 
-def _check(x: Tensor, weight: Tensor, **others: Tensor | None) -> list[Tensor]:
-    """All the tensors there are. Raises: ValueError if they do not fit together"""
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Written out, as it runs before every product. Raises: ValueError if the tensors do not fit together"""
     if not x.dim() or not x.shape[-1] or not x.is_floating_point():
         raise ValueError(f"x must be floating point [..., K], K at least 1, got {x.dtype} {list(x.shape)}")
-    *leading, k = x.shape
+    k, n = x.shape[-1], weight.shape[0]
     if weight.dim() != 2 or weight.shape[1] != k:
         raise ValueError(f"weight must be [N, {k}] for x of {list(x.shape)}, got {list(weight.shape)}")
-    n = weight.shape[0]
-    shapes = {"norm_weight": [k], "norm_bias": [k], "weight": [n, k], "bias": [n], "residual": [*leading, n]}
-    tensors = {"weight": weight} | {name: tensor for name, tensor in others.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if list(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} must have the shape {shapes[name]}, got {list(tensor.shape)}")
+    for name, tensor, shape in (
+        ("weight", weight, (n, k)),
+        ("bias", bias, (n,)),
+        ("norm_weight", norm_weight, (k,)),
+        ("norm_bias", norm_bias, (k,)),
+        ("residual", residual, (*x.shape[:-1], n)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
-    return [x, *tensors.values()]
 
 
-def _wants_gradients(tensors: list[Tensor]) -> str | None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+def _wants_gradients(*tensors: Tensor | None) -> str | None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
     return None
 
 
-def _native_obstacle(tensors: list[Tensor]) -> str | None:
-    x = tensors[0]
-    return _wants_gradients(tensors) or native_obstacle(x.device, x.dtype, (torch.float32, torch.bfloat16))
+def _native_obstacle(x: Tensor, *others: Tensor | None) -> str | None:
+    return _wants_gradients(x, *others) or native_obstacle(x.device, x.dtype, (torch.float32, torch.bfloat16))
 
 
-def _triton_obstacle(op: str, tensors: list[Tensor]) -> str | None:
-    x = tensors[0]
-    if (gradients := _wants_gradients(tensors)) is not None:
+def _triton_obstacle(op: str, x: Tensor, *others: Tensor | None) -> str | None:
+    if (gradients := _wants_gradients(x, *others)) is not None:
         return gradients
     if op != "linear_residual" and x.shape[-1] > LONGEST_ROW:
         return f"got rows of {x.shape[-1]}, it normalises at most {LONGEST_ROW}"
@@ -105,7 +114,7 @@ def _triton_obstacle(op: str, tensors: list[Tensor]) -> str | None:
 def _preferred(op: str, x: Tensor, weight: Tensor) -> str | None:
     """What was measured; else in float32 on CUDA the reference, whose products are cuBLAS's."""
     unmeasured = "reference" if x.is_cuda and x.dtype == torch.float32 else None
-    return table.preferred(op, x.device, shape_key(x, weight)) or unmeasured
+    return table.preferred(op, x.device, lambda: shape_key(x, weight)) or unmeasured
 
 
 def norm_linear(
@@ -127,8 +136,8 @@ def norm_linear(
     Raises: ValueError for arguments; RuntimeError if a named backend cannot run
     """
     op = "norm_linear"
-    tensors = _check(x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
-    obstacles = {"triton": lambda: _triton_obstacle(op, tensors)}
+    _check(x, weight, bias, norm_weight, norm_bias)
+    obstacles = {"triton": lambda: _triton_obstacle(op, x, weight, bias, norm_weight, norm_bias)}
     if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
         return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))
     return norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
@@ -144,8 +153,8 @@ def linear_residual(
     Raises: ValueError for arguments; RuntimeError if a named backend cannot run
     """
     op = "linear_residual"
-    tensors = _check(x, weight, bias=bias, residual=residual)
-    obstacles = {"triton": lambda: _triton_obstacle(op, tensors)}
+    _check(x, weight, bias, residual=residual)
+    obstacles = {"triton": lambda: _triton_obstacle(op, x, weight, bias, residual)}
     if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
         return projection_triton(op, x, weight, bias, residual=residual)
     return linear_residual_reference(x, weight, bias, residual)
@@ -168,10 +177,14 @@ def norm_geglu(
     Raises: ValueError for arguments; RuntimeError if a named backend cannot run
     """
     op = "norm_geglu"
-    tensors = _check(x, weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
+    _check(x, weight, bias, norm_weight, norm_bias)
     if weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, values and then gates, got {weight.shape[0]}")
-    obstacles = {"triton": lambda: _triton_obstacle(op, tensors), "native": lambda: _native_obstacle(tensors)}
+    others = weight, bias, norm_weight, norm_bias
+    obstacles = {
+        "triton": lambda: _triton_obstacle(op, x, *others),
+        "native": lambda: _native_obstacle(x, *others),
+    }
     chosen = choose(op, backend, obstacles, _preferred(op, x, weight))
     if chosen == "triton":
         return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ SHIPPED = Path(__file__).parent / "tables"
 Ops = dict[str, dict[str, dict[str, Any]]]
 
 
-def preferred(op: str, device: torch.device, key: str) -> str | None:
-    """The backend measured fastest for the op's shape class `key`, or None where none was measured."""
-    entry = _ops(device).get(op, {}).get(key)
+def preferred(op: str, device: torch.device, key: str | Callable[[], str]) -> str | None:
+    """The backend measured fastest for the op's shape class, or None where none was measured.
+
+    key: of the shape class, or what makes it: most devices have no table, and an op asks at every call
+    """
+    entries = _ops(device).get(op)
+    entry = entries.get(key if isinstance(key, str) else key()) if entries else None
     return entry["backend"] if entry else None
 
 

@@ -207,7 +207,7 @@ def test_auto_without_the_native_module_takes_the_reference_on_the_cpu_and_keeps
 def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {("group_norm_silu", "cpu", "35x12 in 3 channels_last float32"): "triton"}
     asked: list[object] = []
-    monkeypatch.setattr(module, "preferred", lambda op, device, key: measured[op, device.type, key])
+    monkeypatch.setattr(module, "preferred", lambda op, device, key: measured[op, device.type, key()])
     monkeypatch.setattr(module, "choose", lambda *args: asked.append(args[3]) or "reference")
     group_norm_silu(**_inputs((2, 12, 5, 7), torch.float32), groups=3)
     assert asked == ["triton"]

@@ -343,7 +343,7 @@ def test_what_triton_cannot_run(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_the_measured_table_is_asked(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(table, "preferred", lambda *args: asked.append(args))
+    monkeypatch.setattr(table, "preferred", lambda op, device, key: asked.append((op, device, key())))
     inputs = _inputs(op, 5, 24, 16, torch.float16)
     OPS[op][0](**inputs)
     assert asked == [(op, torch.device("cpu"), f"k24 n{inputs['weight'].shape[0]} m8 float16")]

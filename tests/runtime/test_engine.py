@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import forgedit.engine.sampler
@@ -16,6 +16,7 @@ import forgedit.model.fuse
 from forgedit import Cancelled, DeadlineExceeded, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
 from forgedit.config import STRATEGIES, parse_strategy
 from forgedit.engine.numerics import true_float32
+from forgedit.engine.sampler import ddim_schedule
 from forgedit.model.fuse import FusedUNet
 from forgedit.model.load import BUNDLED
 from forgedit.stages.blend import blend_embeddings
@@ -455,3 +456,22 @@ def test_buffers_of_many_sizes_do_not_pile_up(folder, session, monkeypatch):
         again.edit("a dog", replace(EDIT, num_steps=steps))
         assert len(editor._path._sampler._buffers) <= 2
     assert torch.equal(again.edit("a dog", EDIT).latents, before)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_steps", [1, 20, 50, 1000])
+def test_only_a_step_that_changes_nothing_is_left_out(editor, num_steps, prediction_type):
+    """The last step, by diffusers' own scheduler: what comes out of it is what goes in."""
+    alphas = editor.model.alphas_cumprod
+    schedule = ddim_schedule(alphas, num_steps, prediction_type)
+    assert schedule.idle == 1 and schedule.timesteps[-1] == 0
+    betas = 1 - alphas.double() / torch.cat([torch.ones(1), alphas[:-1].double()])
+    options = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=0, prediction_type=prediction_type)
+    ddim = DDIMScheduler(trained_betas=betas.tolist(), **options)
+    ddim.set_timesteps(num_steps)
+    latents, prediction = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = ddim.step(prediction, 0, latents).prev_sample
+    assert distance(step, latents) < 1e-7
+    if num_steps > 1:
+        before = ddim.step(prediction, int(schedule.timesteps[-2]), latents).prev_sample
+        assert distance(before, latents) > 1e-5

@@ -51,11 +51,13 @@ class Schedule:
     timesteps: [S]; coefficients: [S, 2] float32: the next latents are c[0] * latents + c[1] * prediction
     solver: makes the solver that turns latents and prediction into the next latents where no such line does; for it the
         coefficients are (0, 1), so that a step leaves the guided prediction
+    idle: steps at the end that leave the latents as they are, and need no UNet
     """
 
     timesteps: Tensor
     coefficients: Tensor
     solver: Callable[[], Solver] | None = None
+    idle: int = 0
 
 
 class Solver(Protocol):
@@ -65,7 +67,10 @@ class Solver(Protocol):
 
 
 def ddim_schedule(alphas_cumprod: Tensor, num_steps: int, prediction_type: str) -> Schedule:
-    """The method's own schedule (METHOD item 14); coefficients computed in float64 from ddim_step itself."""
+    """The method's own schedule (METHOD item 14); coefficients computed in float64 from ddim_step itself.
+
+    Its last step, from timestep 0, goes to the noise level of timestep 0: the line through it is exactly (1, 0).
+    """
     alphas, stride = alphas_cumprod.double().cpu(), len(alphas_cumprod) // num_steps
     timesteps = ddim_timesteps(num_steps, len(alphas))
     latents, prediction = torch.eye(2, dtype=torch.float64)
@@ -73,7 +78,9 @@ def ddim_schedule(alphas_cumprod: Tensor, num_steps: int, prediction_type: str) 
         ddim_step(latents, prediction, alphas[timestep], alphas[max(timestep - stride, 0)], prediction_type)
         for timestep in timesteps
     ]
-    return Schedule(torch.tensor(timesteps), torch.stack(rows).float())
+    coefficients = torch.stack(rows).float()
+    idle = int(coefficients[-1].tolist() == [1.0, 0.0])
+    return Schedule(torch.tensor(timesteps), coefficients, idle=idle)
 
 
 def solver_schedule(timesteps: Sequence[int], solver: Callable[[], Solver]) -> Schedule:
@@ -126,7 +133,8 @@ class Sampler:
         solver = schedule.solver() if schedule.solver else None
         latents = buffers.latents.clone() if solver else buffers.latents
         for index in range(num_steps):
-            self._graphs.run(key, lambda: self._step(buffers))
+            if index < num_steps - schedule.idle:
+                self._graphs.run(key, lambda: self._step(buffers))
             if solver is not None:
                 latents = solver.step(latents, buffers.latents.clone(), index)
                 buffers.model_input.copy_(latents)
