@@ -24,6 +24,7 @@ HALF = (torch.bfloat16, torch.float16)
 # The backends each op has beside `reference`.
 OPS = {
     "adam": ("triton", "native"),
+    "adam8bit": ("triton", "native"),
     "attention": ("triton", "native", "sdpa", "xformers"),
     "blend_embeddings": ("triton",),
     "group_norm_silu": ("triton", "native"),
@@ -70,11 +71,13 @@ def choose(op: str, backend: str, obstacles: Mapping[str, Obstacle], preferred: 
     if backend == "reference":
         return backend
     if backend == "auto":
-        if preferred == "reference":
-            return preferred
-        # the interpreter is for tests that name triton: it takes seconds where torch takes microseconds
-        ready = [name for name in obstacles if obstacles[name]() is None and not (name == "triton" and interpreted())]
-        return preferred if preferred in ready else next(iter(ready), "reference")
+        for name in dict.fromkeys((preferred or "", *obstacles)):
+            if name == "reference":
+                return name
+            # the interpreter is for tests that name triton: it takes seconds where torch takes microseconds
+            if name in obstacles and not (name == "triton" and interpreted()) and obstacles[name]() is None:
+                return name
+        return "reference"
     if backend not in obstacles:
         raise ValueError(
             f"unknown backend {backend!r} for {op}; expected one of: auto, reference, {', '.join(obstacles)}"
@@ -98,10 +101,10 @@ def native_obstacle(device: torch.device, dtype: torch.dtype, dtypes: tuple[torc
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """What hinders the triton backend. dtypes: what the op's kernels compute."""
-    if not triton_installed():
-        return "triton is not installed; pip install 'forgedit[gpu]'"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"got tensors on {device}, it takes a CUDA device's"
+    if not triton_installed():
+        return "triton is not installed; pip install 'forgedit[gpu]'"
     if dtype not in dtypes:
         return f"got {dtype}, it takes {', '.join(str(d) for d in dtypes)}"
     return None
