@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "adam.h"
+#include "adam8bit.h"
 #include "attention.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
@@ -138,6 +139,30 @@ void adam(const std::vector<AdamRow>& table, const std::vector<float>& sizes, fl
   forgedit::adam(tensors, {root, new1, keep2, new2, eps}, parsed, parsed_copy, threads, instruction_set);
 }
 
+// Addresses of param, gradient, the codes of moment and square, their scales, and copy, then the count.
+using Adam8bitRow = std::array<uintptr_t, 8>;
+
+void adam8bit(const std::vector<Adam8bitRow>& table, const std::vector<float>& sizes,
+              const std::array<uintptr_t, 4>& maps, float root, float new1, float keep2, float new2, float eps,
+              const std::string& gradient, const std::string& copy, int threads, const std::string& instruction_set) {
+  require_equal(table.size(), sizes.size());
+  std::vector<forgedit::Adam8bitTensor> tensors;
+  tensors.reserve(table.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    const Adam8bitRow& row = table[i];
+    tensors.push_back({pointer<float>(row[0]), pointer<const void>(row[1]), pointer<uint8_t>(row[2]),
+                       pointer<uint8_t>(row[3]), pointer<float>(row[4]), pointer<float>(row[5]), pointer<void>(row[6]),
+                       row[7], sizes[i]});
+  }
+  const forgedit::QuantMap moments{pointer<const float>(maps[0]), pointer<const float>(maps[1])};
+  const forgedit::QuantMap squares{pointer<const float>(maps[2]), pointer<const float>(maps[3])};
+  const forgedit::Dtype parsed = parse_dtype(gradient);
+  const auto parsed_copy = parse_copy(copy);
+  nb::gil_scoped_release release;
+  forgedit::adam8bit(tensors, {root, new1, keep2, new2, eps}, moments, squares, parsed, parsed_copy, threads,
+                     instruction_set);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -150,6 +175,11 @@ NB_MODULE(_native, m) {
         nb::arg("keep2"), nb::arg("new2"), nb::arg("eps"), nb::arg("gradient"), nb::arg("copy"), nb::arg("threads"),
         nb::arg("instruction_set"),
         "One Adam update; table: addresses of param, gradient, moment, square, copy (0 for none), and the count.");
+  m.def("adam8bit", &adam8bit, nb::arg("table"), nb::arg("sizes"), nb::arg("maps"), nb::kw_only(), nb::arg("root"),
+        nb::arg("new1"), nb::arg("keep2"), nb::arg("new2"), nb::arg("eps"), nb::arg("gradient"), nb::arg("copy"),
+        nb::arg("threads"), nb::arg("instruction_set"),
+        "The same with 8-bit moments; table: addresses of param, gradient, the codes of moment and square, their "
+        "scales, copy, and the count; maps: values and midpoints of the moments' map, then of the squares'.");
   m.def("geglu", &geglu, nb::arg("product"), nb::arg("out"), nb::kw_only(), nb::arg("rows"), nb::arg("features"),
         nb::arg("dtype"), nb::arg("threads"), nb::arg("instruction_set"),
         "out [rows, features] = value * gelu(gate) of product [rows, 2 * features]; float32 or bfloat16.");

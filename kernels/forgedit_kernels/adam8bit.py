@@ -1,0 +1,423 @@
+"""Adam with its moments in 8 bits, in bitsandbytes' format: 2 bytes of state per parameter and 8 per 256, not 8 each.
+
+A block of 256 elements keeps its largest magnitude in float32, and for each element the code of the nearest value in a
+map of 256. Decade i of the map, 10^(i-7) to 10^(i-6) for i = 0 … 6, is cut into 2^i equal cells (m, with a sign) or
+2^(i+1) (v), whose middles are its values; 0 and 1 are added.
+Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", sections 2.1 and 2.2; Adam: see adam.py.
+Least work per element, in float32: read p, g and two codes, write p and two codes: 16 bytes.
+
+A magnitude's place among the codes is continuous and concave in it, with one line per decade, so it is the least of
+seven lines: no search. Values lie in the middle of cells, so that rounding down is nearest, but between two decades,
+where the border is 0.2 of a cell late, and below 1; so 0.3 is added, and one midpoint read to step back where due.
+Blocks follow the order in memory: a weight in channels_last has other blocks than bitsandbytes, which makes it
+contiguous, gives it. Of tensors under 4096 elements the moments stay in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forgedit_kernels.adam import (
+    COPIES,
+    GRADIENTS,
+    AdamPlan,
+    Corrections,
+    adam_change,
+    adam_moments,
+    adam_reference,
+    alignment,
+    check_settings,
+    check_tensors,
+    settings,
+    shape_key,
+    tl_dtype,
+    work_blocks,
+    work_table,
+)
+from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
+from forgedit_kernels.jit import Variant, jit, tl
+from forgedit_kernels.table import preferred
+
+BLOCK = 256
+LEAST_8BIT = 4096
+_ROWS, _TILES, _WARPS = 4, 8, 8
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """codes: uint8 [elements], in the parameter's order in memory; largest: float32 [blocks]. All zeros mean 0."""
+
+    codes: Tensor
+    largest: Tensor
+
+
+@functools.cache
+def dynamic_map(signed: bool) -> tuple[Tensor, Tensor]:
+    """The values of the 256 codes, ascending; and for the magnitude codes the midpoint below each, 0 for the first.
+
+    Magnitude codes count from 0 at the value 0: up to 255, or signed up to 128. Signed, the code is 127 plus or minus
+    the magnitude's; -1 has none.
+    """
+    values = [torch.zeros(1)]
+    for i in range(7):
+        borders = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1)
+        values.append(10.0 ** (i - 6) * ((borders[1:] + borders[:-1]) / 2))
+    magnitudes = torch.cat([*values, torch.ones(1)])
+    midpoints = torch.cat((torch.zeros(1), (magnitudes[1:] + magnitudes[:-1]) / 2))
+    return torch.cat((-magnitudes[1:-1].flip(0), magnitudes)) if signed else magnitudes, midpoints
+
+
+def quantize(x: Tensor, signed: bool) -> Quantized:
+    """x: flat, any float dtype. Halfway between two values the larger magnitude is taken."""
+    midpoints = dynamic_map(signed)[1].to(x.device)
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(dim=1, keepdim=True).float()
+    scaled = blocks / torch.where(largest > 0, largest, 1).to(x.dtype)
+    magnitude = scaled.abs().nan_to_num(1).clamp(max=1)
+    code = torch.bucketize(magnitude, midpoints[1:].to(x.dtype), right=True)
+    if signed:
+        code = torch.where(scaled < 0, 127 - code.clamp(max=127), 127 + code)
+    return Quantized(code.to(torch.uint8).flatten()[: x.numel()], largest.flatten())
+
+
+def dequantize(state: Quantized, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that the codes stand for, flat."""
+    values = dynamic_map(signed)[0].to(state.codes.device)
+    largest = state.largest.repeat_interleave(BLOCK)[: state.codes.numel()]
+    return values[state.codes.int()].to(dtype) * largest.to(dtype)
+
+
+@torch.no_grad()
+def adam8bit_reference(
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: Sequence[Quantized],
+    squares: Sequence[Quantized],
+    copies: Sequence[Tensor] | None,
+    scales: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One update in plain torch, in the dtype of `params`, which float64 may be; scales: of Corrections."""
+    flat_params, flat_gradients = [_flat(p) for p in params], [_flat(g) for g in gradients]
+    m = [dequantize(state, True, p.dtype) for state, p in zip(moments, params, strict=True)]
+    v = [dequantize(state, False, p.dtype) for state, p in zip(squares, params, strict=True)]
+    adam_reference(flat_params, flat_gradients, m, v, copies and [_flat(c) for c in copies], scales, betas, eps)
+    for signed, states, new in ((True, moments, m), (False, squares, v)):
+        for state, values in zip(states, new, strict=True):
+            quantized = quantize(values, signed)
+            state.codes.copy_(quantized.codes)
+            state.largest.copy_(quantized.largest)
+
+
+@jit
+def _quantized(x, midpoints_ptr, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codes of x [rows, 256], and each row's largest magnitude."""
+    largest = tl.max(tl.abs(x), axis=1)
+    scaled = tl.div_rn(x, tl.where(largest > 0, largest, 1.0)[:, None])
+    magnitude = tl.abs(scaled)
+    magnitude = tl.where(magnitude < 1, magnitude, 1.0)  # a NaN too becomes 1: codes stay inside the map
+    place = magnitude * 0 + 128
+    for i in tl.static_range(7):
+        place = tl.minimum(place, 2**i * (8 / 9) + (64 / 0.9) * 5 ** (6 - i) * magnitude)
+    if SIGNED:
+        code = (place + 0.3).to(tl.int32)
+    else:
+        code = (2 * place - 0.7).to(tl.int32)
+    code -= (magnitude < tl.load(midpoints_ptr + code)).to(tl.int32)
+    if SIGNED:
+        code = tl.where(scaled < 0, 127 - tl.minimum(code, 127), 127 + code)
+    return code.to(tl.uint8), largest
+
+
+@jit
+def _adam8bit_tile(  # type: ignore[no-untyped-def]
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    m_largest_ptr,
+    v_largest_ptr,
+    copy_ptr,
+    m_values_ptr,
+    m_midpoints_ptr,
+    v_values_ptr,
+    v_midpoints_ptr,
+    valid,
+    rows_valid,
+    size,
+    root,
+    new1,
+    keep2,
+    new2,
+    eps,
+    COPY: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS blocks; valid, rows_valid: masks of elements and blocks, or None for all."""
+    rows = tl.arange(0, ROWS)
+    offsets = rows[:, None] * 256 + tl.arange(0, 256)[None, :]
+    m = tl.load(m_values_ptr + tl.load(m_ptr + offsets, mask=valid).to(tl.int32), mask=valid)
+    v = tl.load(v_values_ptr + tl.load(v_ptr + offsets, mask=valid).to(tl.int32), mask=valid)
+    m *= tl.load(m_largest_ptr + rows, mask=rows_valid)[:, None]
+    v *= tl.load(v_largest_ptr + rows, mask=rows_valid)[:, None]
+    g = tl.load(g_ptr + offsets, mask=valid).to(tl.float32)
+    m, v = adam_moments(m, v, g, new1, keep2, new2)
+    p = tl.load(p_ptr + offsets, mask=valid) - adam_change(m, v, size, root, eps)
+    tl.store(p_ptr + offsets, p, mask=valid)
+    if COPY is not None:
+        tl.store(copy_ptr + offsets, p.to(COPY), mask=valid)
+    if valid is not None:  # what lies past the end must not be the largest
+        m, v = tl.where(valid, m, 0.0), tl.where(valid, v, 0.0)
+    m_codes, m_largest = _quantized(m, m_midpoints_ptr, True)
+    v_codes, v_largest = _quantized(v, v_midpoints_ptr, False)
+    tl.store(m_ptr + offsets, m_codes, mask=valid)
+    tl.store(v_ptr + offsets, v_codes, mask=valid)
+    tl.store(m_largest_ptr + rows, m_largest, mask=rows_valid)
+    tl.store(v_largest_ptr + rows, v_largest, mask=rows_valid)
+
+
+@jit
+def _adam8bit_kernel(  # type: ignore[no-untyped-def]
+    table_ptr,
+    blocks_ptr,
+    scales_ptr,
+    m_values_ptr,
+    m_midpoints_ptr,
+    v_values_ptr,
+    v_midpoints_ptr,
+    gradient,
+    first_block,
+    new1,
+    keep2,
+    new2,
+    eps,
+    GRADIENT: tl.constexpr,
+    COPY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program updates TILES tiles of ROWS blocks of one tensor; otherwise as adam.py's."""
+    block_ptr = blocks_ptr + 2 * (first_block + tl.program_id(0)).to(tl.int64)
+    tensor = tl.load(block_ptr).to(tl.int64)
+    tensor_ptr = table_ptr + 8 * tensor
+    g_address = tl.where(gradient == 0, tl.load(tensor_ptr + 1), gradient)
+    g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRADIENT)), ALIGN)
+    p_ptr = tl.multiple_of(tl.load(tensor_ptr).to(tl.pointer_type(tl.float32)), ALIGN)
+    m_ptr = tl.multiple_of(tl.load(tensor_ptr + 2).to(tl.pointer_type(tl.uint8)), ALIGN)
+    v_ptr = tl.multiple_of(tl.load(tensor_ptr + 3).to(tl.pointer_type(tl.uint8)), ALIGN)
+    m_largest_ptr = tl.load(tensor_ptr + 4).to(tl.pointer_type(tl.float32))
+    v_largest_ptr = tl.load(tensor_ptr + 5).to(tl.pointer_type(tl.float32))
+    copy_type = tl.pointer_type(tl.uint8 if COPY is None else COPY)
+    copy_ptr = tl.multiple_of(tl.load(tensor_ptr + 6).to(copy_type), ALIGN)
+    count = tl.load(tensor_ptr + 7)
+    root = tl.load(scales_ptr).to(tl.float32)
+    size = tl.load(scales_ptr + 1 + tensor).to(tl.float32)
+    start = tl.load(block_ptr + 1).to(tl.int64) * (TILES * ROWS * 256)
+    for first in range(start, tl.minimum(start + TILES * ROWS * 256, count), ROWS * 256):
+        p, g, m, v, copy = p_ptr + first, g_ptr + first, m_ptr + first, v_ptr + first, copy_ptr + first
+        m_largest, v_largest = m_largest_ptr + first // 256, v_largest_ptr + first // 256
+        if first + ROWS * 256 <= count:
+            _adam8bit_tile(
+                p, g, m, v, m_largest, v_largest, copy, m_values_ptr, m_midpoints_ptr, v_values_ptr, v_midpoints_ptr,
+                None, None, size, root, new1, keep2, new2, eps, COPY, ROWS
+            )  # fmt: skip
+        else:
+            rows = tl.arange(0, ROWS) * 256
+            valid = rows[:, None] + tl.arange(0, 256)[None, :] < count - first
+            _adam8bit_tile(
+                p, g, m, v, m_largest, v_largest, copy, m_values_ptr, m_midpoints_ptr, v_values_ptr, v_midpoints_ptr,
+                valid, rows < count - first, size, root, new1, keep2, new2, eps, COPY, ROWS
+            )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """The shipped configurations: gradients in float32 and bfloat16, without a copy and with one."""
+    maps = {f"{name}_{part}_ptr": "*fp32" for name in ("m", "v") for part in ("values", "midpoints")}
+    signature = {"table_ptr": "*i64", "blocks_ptr": "*i32", "scales_ptr": "*fp64", **maps, "gradient": "i64"}
+    signature |= {"first_block": "i32", "new1": "fp32", "keep2": "fp32", "new2": "fp32", "eps": "fp32"}
+    sizes = {"ALIGN": 16, "ROWS": _ROWS, "TILES": _TILES}
+    return [
+        Variant(
+            name=f"adam8bit {str(g)[6:]} gradient, {str(c)[6:] if c else 'no'} copy",
+            kernel=_adam8bit_kernel,
+            signature=signature,
+            constexprs={"GRADIENT": tl_dtype(g), "COPY": tl_dtype(c), **sizes},
+            num_warps=_WARPS,
+        )
+        for g in GRADIENTS
+        for c in ((None, *COPIES) if tl else ())
+    ]
+
+
+class Adam8bitPlan:
+    """Adam with 8-bit moments over given tensors; used as AdamPlan is, with the same arguments.
+
+    moments, squares: m and v of the `large` params, those of at least 4096 elements; small: the plan of the others
+    corrections: the step count of the large ones, on the device; backend: the chosen one
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        gradients: Iterable[Tensor] | None = None,
+        *,
+        lr: float | Sequence[float],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        copies: Iterable[Tensor] | None = None,
+        backend: str = "auto",
+        num_threads: int | None = None,
+    ) -> None:
+        every, grads, rounded = list(params), _listed(gradients), _listed(copies)
+        rates = [float(lr)] * len(every) if isinstance(lr, (int, float)) else list(lr)
+        check_tensors(every, grads, rounded)
+        check_settings(len(every), rates, betas, eps, num_threads)
+        self.betas, self.eps, self._num_threads = betas, eps, num_threads
+        p = every[0] if every else torch.empty(0)
+        obstacles = {
+            "triton": lambda: triton_obstacle(p.device, p.dtype, (torch.float32,)),
+            "native": lambda: native_obstacle(p.device, p.dtype, (torch.float32,)),
+        }
+        measured = preferred("adam8bit", p.device, shape_key(rounded[0].dtype if rounded else None))
+        self.backend = choose("adam8bit", backend, obstacles, measured)
+        small = [index for index, w in enumerate(every) if w.numel() < LEAST_8BIT]
+        large = [index for index, w in enumerate(every) if w.numel() >= LEAST_8BIT]
+        self._place = {index: (which is large, place) for which in (small, large) for place, index in enumerate(which)}
+        self.small = AdamPlan(
+            [every[i] for i in small],
+            grads and [grads[i] for i in small],
+            lr=[rates[i] for i in small],
+            betas=betas,
+            eps=eps,
+            copies=rounded and [rounded[i] for i in small],
+            backend=self.backend,
+            num_threads=num_threads,
+        )
+        self.params, self.large = every, [every[i] for i in large]
+        self.gradients, self.copies = grads, rounded
+        self._gradients = None if grads is None else [grads[i] for i in large]
+        self._copies = None if rounded is None else [rounded[i] for i in large]
+        self._counts = [w.numel() for w in self.large]
+        self.moments, self.squares = _zero_states(self.large), _zero_states(self.large)
+        self.corrections = Corrections([rates[i] for i in large], betas, p.device)
+        self._maps = [values.to(p.device) for signed in (True, False) for values in dynamic_map(signed)]
+        states = [[getattr(state, part) for state in side] for part in ("codes", "largest") for side in self._states()]
+        table = work_table((self.large, self._gradients, *states, self._copies), self._counts)
+        if self.backend == "triton":
+            self._align = alignment(table[:, :-1].flatten().tolist())
+            blocks, self._starts = work_blocks(self._counts, _TILES * _ROWS * BLOCK)
+            self._work = table.to(p.device), blocks.to(p.device)
+        if self.backend == "native":
+            self._rows = table.tolist()
+
+    def _states(self) -> tuple[list[Quantized], list[Quantized]]:
+        return self.moments, self.squares
+
+    def reset(self) -> None:
+        """As new: step 0, moments zero. The params stay."""
+        self.small.reset()
+        self.corrections.reset()
+        for state in (*self.moments, *self.squares):
+            state.codes.zero_()
+            state.largest.zero_()
+
+    def advance(self) -> None:
+        """Begin a step: count it."""
+        self.small.advance()
+        self.corrections.advance()
+
+    def run(self) -> None:
+        """One step of all tensors. Raises: ValueError if the plan has no gradients"""
+        self.small.run()  # counts its own step
+        self.corrections.advance()
+        assert self._gradients is not None, "or small.run() has raised"
+        self._update(slice(None), self._gradients, 0)
+
+    def apply(self, index: int, gradient: Tensor) -> None:
+        """Within a step, update params[index] by this gradient. Raises: ValueError for a gradient unlike it"""
+        is_large, place = self._place[index]
+        if not is_large:
+            self.small.apply(place, gradient)
+            return
+        check_tensors([self.large[place]], [gradient], None)
+        self._update(slice(place, place + 1), [gradient], gradient.data_ptr())
+
+    def _update(self, chosen: slice, gradients: list[Tensor], address: int) -> None:
+        """address: of the only gradient, or 0 for those the plan was made with"""
+        params, copies = self.large[chosen], None if self._copies is None else self._copies[chosen]
+        if not params:
+            return
+        if self.backend == "triton":
+            self._update_triton(chosen, gradients[0].dtype, address)
+        elif self.backend == "native":
+            self._update_native(chosen, gradients[0].dtype, address)
+        else:
+            scales = self.corrections.scales
+            scales = torch.cat((scales[:1], scales[1:][chosen]))
+            states = self.moments[chosen], self.squares[chosen]
+            adam8bit_reference(params, gradients, *states, copies, scales, self.betas, self.eps)
+            return
+        torch.autograd.graph.increment_version([*params, *(copies or ())])  # written behind autograd's back
+
+    def _update_triton(self, chosen: slice, gradient_dtype: torch.dtype, address: int) -> None:
+        table, blocks = self._work
+        first, *_, last = self._starts[chosen.start : None if chosen.stop is None else chosen.stop + 1]
+        with torch.cuda.device_of(table):
+            _adam8bit_kernel[(last - first,)](
+                table,
+                blocks,
+                self.corrections.scales,
+                *self._maps,
+                address,
+                first,
+                **settings(self.betas, self.eps),
+                GRADIENT=tl_dtype(gradient_dtype),
+                COPY=tl_dtype(self._copies[0].dtype if self._copies else None),
+                ALIGN=min(self._align, alignment([address])),
+                ROWS=_ROWS,
+                TILES=_TILES,
+                num_warps=_WARPS,
+            )
+
+    def _update_native(self, chosen: slice, gradient_dtype: torch.dtype, address: int, instructions: str = "") -> None:
+        """instructions: one of the module's instruction_sets(); '' takes the widest"""
+        native = native_module()
+        assert native is not None, "dispatch chose an absent module"
+        root, *sizes = self.corrections.scales.tolist()
+        native.adam8bit(
+            [[row[0], address or row[1], *row[2:]] for row in self._rows[chosen]],
+            sizes[chosen],
+            [values.data_ptr() for values in self._maps],
+            root=root,
+            **settings(self.betas, self.eps),
+            gradient=str(gradient_dtype)[6:],
+            copy=str(self._copies[0].dtype)[6:] if self._copies else "",
+            threads=self._num_threads or torch.get_num_threads(),
+            instruction_set=instructions or native.instruction_sets()[-1],
+        )
+
+
+def _listed(tensors: Iterable[Tensor] | None) -> list[Tensor] | None:
+    return None if tensors is None else list(tensors)
+
+
+def _zero_states(params: Sequence[Tensor]) -> list[Quantized]:
+    return [
+        Quantized(
+            torch.zeros(w.numel(), dtype=torch.uint8, device=w.device),
+            torch.zeros(-(-w.numel() // BLOCK), dtype=torch.float32, device=w.device),
+        )
+        for w in params
+    ]
+
+
+def _flat(w: Tensor) -> Tensor:
+    """A view of its elements as they lie in memory."""
+    return w.view(-1) if w.is_contiguous() else w.permute(0, 2, 3, 1).reshape(-1)
