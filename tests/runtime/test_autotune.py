@@ -82,7 +82,7 @@ def test_every_key_is_the_one_its_op_asks_for(monkeypatch: pytest.MonkeyPatch) -
             asked.append((self.op, key))
 
     class Ops:
-        def get(self, op: str, default: object) -> Entries:
+        def get(self, op: str, default: object = None) -> Entries:
             return Entries(op)
 
     monkeypatch.setattr(table, "_ops", lambda device: Ops())

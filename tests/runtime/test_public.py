@@ -41,7 +41,9 @@ def test_the_library_prints_nothing(folder, photo, tmp_path):
     command = [sys.executable, "-c", EVERYTHING, str(folder), str(photo), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
+    # bitsandbytes, where it is installed, says when it is imported (diffusers does) that it misses its kernels
+    ours = [line for line in done.stderr.splitlines() if "kernels-community" not in line]
+    assert (done.returncode, ours) == (0, [])
     (line,) = done.stdout.splitlines()
     assert line.startswith("WARNING:forgedit:the prompt is longer than 77 tokens; cut: ")
 
