@@ -12,13 +12,15 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from forgedit_kernels.jit import interpreted, triton_installed
 
 BACKENDS = ("auto", "reference", "native", "triton", "sdpa", "xformers")
+RANGE = "forgedit_kernels::"  # begins the names of the profiler's ranges around ops of ours
 HALF = (torch.bfloat16, torch.float16)
 
 # The backends each op has beside `reference`.
@@ -40,10 +42,28 @@ Obstacle = Callable[[], str | None]
 
 
 @functools.cache
-def native_module() -> ModuleType | None:
-    """The C++ module, or None where it was not built. A module that is there and does not load raises ImportError."""
+def native_module() -> SimpleNamespace | None:
+    """The functions of the C++ module, each a range of torch's profiler while one listens; None where the module was
+    not built. A module that is there and does not load raises ImportError."""
     name = "forgedit_kernels._native"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    if not importlib.util.find_spec(name):
+        return None
+    module = importlib.import_module(name)
+    named = {op: getattr(module, op) for op in dir(module) if not op.startswith("_")}
+    sets = named.pop("instruction_sets")
+    return SimpleNamespace(instruction_sets=sets, **{op: _ranged(op, function) for op, function in named.items()})
+
+
+def _ranged(op: str, function: Callable[..., None]) -> Callable[..., None]:
+    """`function` in a range of the op's name, as a row of `forgedit profile` is made from."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        if not torch.autograd._profiler_enabled():
+            return function(*args, **kwargs)
+        with torch.profiler.record_function(f"{RANGE}{op}"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:

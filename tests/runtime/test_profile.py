@@ -25,6 +25,7 @@ from forgedit.profile.ops import build_table
 from forgedit.profile.roofline import Roofline
 from forgedit.profile.trace import read_phases, recording
 from forgedit.progress import PREFIX, Progress, StepEvent, phase
+from forgedit_kernels.dispatch import native_module
 
 CPU = torch.device("cpu")
 TUNE, EDIT = TuneConfig(num_steps=2, batch_size=1, caption="a cat"), EditConfig(num_steps=3)
@@ -41,9 +42,10 @@ def small_roofline():
 
 
 @pytest.fixture(scope="module")
-def profile(editor, photo):
+def profile(reference_editor, photo):
+    """Of torch's own ops, each of which a Counter sees."""
     torch.set_num_threads(1)
-    return profile_edit(editor, photo, "a dog", TUNE, EDIT, edits=2, traced_steps=2, batches=(1, 3))
+    return profile_edit(reference_editor, photo, "a dog", TUNE, EDIT, edits=2, traced_steps=2, batches=(1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,26 @@ def test_ranges_end_with_what_they_are_around():
     assert [one.name for one in phases] == ["sample", "tune", "merge"]
     assert [child.name for child in phases[0].span.children] == [f"{PREFIX}sample step"] * 2
     assert [child.name for child in phases[2].span.children] == ["aten::ones"]
+
+
+def test_an_allocation_that_was_not_counted_moves_nothing():
+    with recording(CPU) as export, phase("sample"):
+        torch.tensor([1.0])
+    counts = {"decode": {("aten::empty", ()): Count(calls=1)}}
+    _, (op,) = build_table(read_phases(export()), counts, Roofline({}, 1.0))
+    assert (op.op, op.calls, op.num_bytes, op.floor_seconds) == ("aten::empty", 1, 0, 0)
+
+
+@pytest.mark.skipif(native_module() is None, reason="the native module was not built")
+def test_native_ops_are_rows(editor, photo):
+    session = editor.tune(photo, TUNE)
+    with recording(CPU) as export:
+        session.edit("a dog", EDIT)
+    phases, ops = build_table(read_phases(export()), {}, Roofline({}, 1.0))
+    sample = {op.op: op for op in ops if op.phase == "sample"}
+    (row,) = [row for row in phases if row.phase == "sample"]
+    assert sample["forgedit_kernels::group_norm_silu"].calls % EDIT.num_steps == 0
+    assert 0 < sample["forgedit_kernels::group_norm_silu"].seconds < row.seconds
 
 
 def test_an_op_of_our_own_is_a_row():

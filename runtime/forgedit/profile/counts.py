@@ -17,6 +17,8 @@ Key = tuple[str, tuple[tuple[int, ...], ...]]  # an op's name, and the shapes of
 
 # of the ops that write a tensor they are given, those that do not read it
 WRITE_ONLY = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_", "aten::random_")
+# give memory and touch none of it
+ALLOCATING = ("aten::empty", "aten::new_empty")
 # read no more of their first tensor than they return
 GATHERING = ("aten::embedding", "aten::gather", "aten::index", "aten::index_select")
 
@@ -116,7 +118,7 @@ def _new(out: Any, given: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _least_bytes(name: str, read: list[Tensor], written: list[Tensor], new: list[Tensor]) -> int:
-    if name.startswith(("aten::empty", "aten::new_empty")) or not (new or written):
+    if name.startswith(ALLOCATING) or not (new or written):
         return 0
     moved = _num_bytes([*new, *written])
     if name in GATHERING:

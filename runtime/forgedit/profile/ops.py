@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
-from forgedit.profile.counts import Count, Key
+from forgedit.profile.counts import ALLOCATING, Count, Key
 from forgedit.profile.roofline import Roofline
 from forgedit.profile.trace import Kernel, Phase, Span
+from forgedit_kernels.dispatch import RANGE
 
 CUSTOM = "kernel "  # before the name of a kernel that no op launched, such as a captured graph's
-OURS = "forgedit_kernels::"  # of ranges around ops of our own, which count as ops
 
 
 @dataclass
@@ -113,7 +113,7 @@ def build_table(
 
 def _ops_and_rest(root: Span, names: set[str]) -> Iterator[tuple[Span, bool]]:
     """Each outermost op that was counted, and each span around such ops."""
-    is_op = root.name in names or root.name.startswith(OURS)
+    is_op = root.name in names or root.name.startswith(RANGE)
     yield root, is_op
     if not is_op:
         for child in root.children:
@@ -125,6 +125,8 @@ def _add_call(op: OpRow, span: Span, count: Count | None, seconds: float, roofli
     work = Work(1, seconds)
     if count is not None:
         work.add(_work(count, 1, roofline))
+    elif span.name.startswith(ALLOCATING):  # torch.tensor allocates where a Counter is not looking
+        work.add(Work(0, 0.0, None, 0.0, 0.0))
     op.add(work)
     words = ", ".join("x".join(map(str, shape)) for shape in span.shapes) or "no axes"
     op.shapes.setdefault(f"{words} {count.dtype if count is not None else ''}".strip(), Work()).add(work)
