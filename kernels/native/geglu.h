@@ -1,4 +1,4 @@
-// The gate of a GEGLU feed-forward: out = value * gelu(gate), the gelu exact (with erf).
+// The gate of a GEGLU feed-forward, out = value * gelu(gate), the gelu exact (with erf); and its gradient.
 #pragma once
 
 #include <cstddef>
@@ -13,5 +13,10 @@ namespace forgedit {
 // Throws std::invalid_argument for another dtype, or if this processor lacks `instruction_set`.
 void geglu(const void* product, void* out, size_t rows, size_t features, Dtype dtype, int threads,
            const std::string& instruction_set);
+
+// dout: the gradient of out; dproduct, written: that of product, apart from both. The rest as above.
+// dvalue = dout * gelu(gate), dgate = dout * value * (Phi(gate) + gate * Phi'(gate)), Phi the normal distribution.
+void geglu_backward(const void* product, const void* dout, void* dproduct, size_t rows, size_t features, Dtype dtype,
+                    int threads, const std::string& instruction_set);
 
 }  // namespace forgedit

@@ -65,19 +65,32 @@ void geglu(uintptr_t product, uintptr_t out, size_t rows, size_t features, const
   forgedit::geglu(pointer<const void>(product), pointer<void>(out), rows, features, parsed, threads, instruction_set);
 }
 
-void group_norm_silu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t shift, uintptr_t out, size_t batch,
-                     size_t pixels, size_t channels, size_t groups, size_t shift_stride, float eps, bool silu,
-                     const std::string& dtype, int threads, const std::string& instruction_set) {
+void geglu_backward(uintptr_t product, uintptr_t dout, uintptr_t dproduct, size_t rows, size_t features,
+                    const std::string& dtype, int threads, const std::string& instruction_set) {
   const forgedit::Dtype parsed = parse_wide_dtype(dtype);
+  nb::gil_scoped_release release;
+  forgedit::geglu_backward(pointer<const void>(product), pointer<const void>(dout), pointer<void>(dproduct), rows,
+                           features, parsed, threads, instruction_set);
+}
+
+void require_whole_groups(size_t groups, size_t channels) {
   if (groups == 0 || channels % groups) {
     throw std::invalid_argument("groups must divide the channels, got " + std::to_string(groups) + " and " +
                                 std::to_string(channels));
   }
+}
+
+void group_norm_silu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t shift, uintptr_t out, uintptr_t stats,
+                     size_t batch, size_t pixels, size_t channels, size_t groups, size_t shift_stride, float eps,
+                     bool silu, const std::string& dtype, int threads, const std::string& instruction_set) {
+  const forgedit::Dtype parsed = parse_wide_dtype(dtype);
+  require_whole_groups(groups, channels);
   const forgedit::GroupNorm op{pointer<const void>(x),
                                pointer<const void>(weight),
                                pointer<const void>(bias),
                                pointer<const void>(shift),
                                pointer<void>(out),
+                               pointer<float>(stats),
                                batch,
                                pixels,
                                channels,
@@ -87,6 +100,31 @@ void group_norm_silu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t sh
                                silu};
   nb::gil_scoped_release release;
   forgedit::group_norm_silu(op, parsed, threads, instruction_set);
+}
+
+void group_norm_silu_backward(uintptr_t dout, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t shift,
+                              uintptr_t stats, uintptr_t dx, uintptr_t dshift, uintptr_t dweight, uintptr_t dbias,
+                              size_t batch, size_t pixels, size_t channels, size_t groups, size_t shift_stride,
+                              bool silu, int threads, const std::string& instruction_set) {
+  require_whole_groups(groups, channels);
+  const forgedit::GroupNormBackward op{pointer<const float>(dout),
+                                       pointer<const float>(x),
+                                       pointer<const float>(weight),
+                                       pointer<const float>(bias),
+                                       pointer<const float>(shift),
+                                       pointer<const float>(stats),
+                                       pointer<float>(dx),
+                                       pointer<float>(dshift),
+                                       pointer<float>(dweight),
+                                       pointer<float>(dbias),
+                                       batch,
+                                       pixels,
+                                       channels,
+                                       groups,
+                                       shift_stride,
+                                       silu};
+  nb::gil_scoped_release release;
+  forgedit::group_norm_silu_backward(op, threads, instruction_set);
 }
 
 using Strides = std::array<size_t, 3>;
@@ -183,11 +221,20 @@ NB_MODULE(_native, m) {
   m.def("geglu", &geglu, nb::arg("product"), nb::arg("out"), nb::kw_only(), nb::arg("rows"), nb::arg("features"),
         nb::arg("dtype"), nb::arg("threads"), nb::arg("instruction_set"),
         "out [rows, features] = value * gelu(gate) of product [rows, 2 * features]; float32 or bfloat16.");
+  m.def("geglu_backward", &geglu_backward, nb::arg("product"), nb::arg("dout"), nb::arg("dproduct"), nb::kw_only(),
+        nb::arg("rows"), nb::arg("features"), nb::arg("dtype"), nb::arg("threads"), nb::arg("instruction_set"),
+        "dproduct [rows, 2 * features] of geglu, for dout [rows, features]; float32 or bfloat16.");
   m.def("group_norm_silu", &group_norm_silu, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("shift"),
-        nb::arg("out"), nb::kw_only(), nb::arg("batch"), nb::arg("pixels"), nb::arg("channels"), nb::arg("groups"),
-        nb::arg("shift_stride"), nb::arg("eps"), nb::arg("silu"), nb::arg("dtype"), nb::arg("threads"),
-        nb::arg("instruction_set"),
-        "GroupNorm of x + shift over x [batch, pixels, channels], then SiLU; float32 or bfloat16; shift 0 for none.");
+        nb::arg("out"), nb::arg("stats") = 0, nb::kw_only(), nb::arg("batch"), nb::arg("pixels"), nb::arg("channels"),
+        nb::arg("groups"), nb::arg("shift_stride"), nb::arg("eps"), nb::arg("silu"), nb::arg("dtype"),
+        nb::arg("threads"), nb::arg("instruction_set"),
+        "GroupNorm of x + shift over x [batch, pixels, channels], then SiLU; float32 or bfloat16; shift 0 for none; "
+        "stats float32 [batch, 2, groups]: takes means and 1 / standard deviations.");
+  m.def("group_norm_silu_backward", &group_norm_silu_backward, nb::arg("dout"), nb::arg("x"), nb::arg("weight"),
+        nb::arg("bias"), nb::arg("shift"), nb::arg("stats"), nb::arg("dx"), nb::arg("dshift"), nb::arg("dweight"),
+        nb::arg("dbias"), nb::kw_only(), nb::arg("batch"), nb::arg("pixels"), nb::arg("channels"), nb::arg("groups"),
+        nb::arg("shift_stride"), nb::arg("silu"), nb::arg("threads"), nb::arg("instruction_set"),
+        "Its gradients in float32, dshift [batch, channels] one for each picture.");
   m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::kw_only(),
         nb::arg("q_strides"), nb::arg("k_strides"), nb::arg("v_strides"), nb::arg("batch"), nb::arg("heads"),
         nb::arg("queries"), nb::arg("keys"), nb::arg("dim"), nb::arg("scale"), nb::arg("threads"),
