@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import platform
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
-from forgedit.engine.batch import expected_seconds, make_batch, together, warm_up
+from forgedit.engine.batch import expected_seconds, in_batches, make_batch, warm_up
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import check_numerics, true_float32
 from forgedit.engine.reference import Reference
@@ -29,7 +24,7 @@ from forgedit.errors import ModelError, TuneDiverged
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
 from forgedit.prompts import Prompts
-from forgedit.quality.report import peak_bytes
+from forgedit.quality.report import peak_bytes, versions
 from forgedit.session import Edit, Session, read_session
 from forgedit.session_file import base_fingerprint
 from forgedit.stages.caption import caption_photo
@@ -45,8 +40,6 @@ from forgedit.stages.tune import trainable_names, tune
 from forgedit.turns import Turns
 from forgedit.weights import Weights
 from forgedit_kernels import available_backends
-
-log = logging.getLogger("forgedit")
 
 
 class Editor:
@@ -256,71 +249,22 @@ class Editor:
         check_target(target)
         if session.editor is not self:
             raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
-        start = time.perf_counter()
-        for _, group in groupby(configs, together):
-            waiting = list(group)
-            while waiting:
-                try:
-                    made = self._edit_together(session, target, waiting, Progress(on_step, cancel), deadline_s, start)
-                except torch.OutOfMemoryError as error:
-                    if self._path is None or not self._path.shrink():
-                        size = "{} by {}".format(*session.source.size)
-                        raise RuntimeError(
-                            f"one edit of {size} pixels does not fit into the device's memory; take a smaller picture, "
-                            "numerics='fast', or a device with more"
-                        ) from error
-                    log.warning("the device ran out of memory; going on with half as many edits at once")
-                    continue
-                waiting = waiting[len(made) :]
-                yield from made
+        start, shape = time.perf_counter(), self.model.latent_shape(*session.source.size)
 
-    def _edit_together(
-        self,
-        session: Session,
-        target: str,
-        configs: Sequence[EditConfig],
-        progress: Progress,
-        deadline_s: float | None,
-        start: float,
-    ) -> list[Edit]:
-        """One batch: as many of the configs as go together, from the first on, and up to one that diverges.
+        def make(waiting: Sequence[EditConfig]) -> list[Edit]:
+            progress = Progress(on_step, cancel)
+            with self._turn(progress):
+                path, stats, numerics = self._editing_path(), self._stats, self.numerics
+                batch = waiting[: path.max_edits(shape)]
+                needed = expected_seconds(stats, batch, shape, numerics)
+                check_deadline(deadline_s, needed, time.perf_counter() - start)
+                prompt, nothing = (self._prompts.embed(session, words) for words in (target, ""))
+                return make_batch(path, session, target, prompt, nothing, shape, batch, progress, stats, numerics)
 
-        start: when the caller's deadline began to run, by time.perf_counter
-        """
-        shape = self._latent_shape(*session.source.size)
-        with self._turn(progress):
-            path = self._editing_path()
-            configs = configs[: path.max_edits(shape)]
-            needed = expected_seconds(self._stats, configs, shape, self.numerics)
-            check_deadline(deadline_s, needed, time.perf_counter() - start)
-            prompt = self._prompts.embed(session, target)
-            made = make_batch(
-                path,
-                source=session.embedding,
-                target=prompt.embedding,
-                unconditional=self._prompts.embed(session, "").embedding,
-                owner=weakref.ref(session),
-                tuned={name: weight for name, weight in session.tuned.items() if name.startswith("unet.")},
-                shape=shape,
-                configs=configs,
-                progress=progress,
-                stats=self._stats,
-                numerics=self.numerics,
-            )
-        seconds = {stage: spent / len(made.configs) for stage, spent in progress.seconds.items()}
-        return [
-            Edit(
-                image=image,
-                latents=latents[None],
-                config=config,
-                target=target,
-                seconds=dict(seconds),
-                photo_size=session.photo_size,
-                opacity=session.opacity,
-                cut=prompt.cut,
-            )
-            for image, latents, config in zip(made.images, made.latents.cpu(), made.configs, strict=True)
-        ]
+        def shrink() -> bool:
+            return self._path is not None and self._path.shrink()
+
+        yield from in_batches(configs, session.source.size, make, shrink)
 
     def warmup(self, sizes: Iterable[tuple[int, int]] | None = None, config: EditConfig | None = None) -> None:
         """Do beforehand what the first edit of a size pays for: lay the engine out, compile kernels, capture graphs.
@@ -331,13 +275,11 @@ class Editor:
         """
         config = config or self.defaults.edit
         for width, height in sizes or [(self.model.resolution, self.model.resolution)]:
-            unit = self.model.vae_scale * 4
-            if width < unit or height < unit or width % unit or height % unit:
-                raise ValueError(f"size {width} by {height} cannot be edited; expected multiples of {unit} pixels")
+            shape = self.model.latent_shape(width, height)
             with self._turn(Progress(None, None)):
                 nothing = encode_prompt(self._prompts.tokens("")[0], self.model.text_encoder)
                 weight = {"unet.conv_in.weight": self._weights.original["unet.conv_in.weight"]}
-                warm_up(self._editing_path(), nothing, weight, self._latent_shape(width, height), config)
+                warm_up(self._editing_path(), nothing, weight, shape, config)
 
     def stats(self) -> dict[str, Any]:
         """What this editor has measured so far, for JSON.
@@ -359,19 +301,11 @@ class Editor:
 
     def info(self) -> dict[str, Any]:
         """Model, resolution in pixels, prediction type, device, backend, parameter counts, versions."""
-        packages = ("torch", "diffusers", "transformers", "safetensors", "pillow")
         return {
-            "model": self.model.name,
-            "resolution": self.model.resolution,
-            "prediction_type": self.model.prediction_type,
-            "device": str(self.model.alphas_cumprod.device),
+            **self.model.describe(),
             "backend": self.backend,
             "numerics": self.numerics,
-            "unet_parameters": sum(weight.numel() for weight in self.model.unet.parameters()),
-            "text_encoder_parameters": sum(weight.numel() for weight in self.model.text_encoder.parameters()),
-            "vae_parameters": sum(weight.numel() for weight in self.model.vae.parameters()),
-            "captioner": self.model.captioner is not None,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            "versions": versions(),
         }
 
     @property
@@ -396,10 +330,6 @@ class Editor:
         unet = trainable_names([name for name, _ in self.model.unet.named_parameters()], profile)
         text = [name for name in self._weights.working if name.startswith("text_encoder.")]
         return [f"unet.{name}" for name in unet] + (text if profile == "dreambooth" else [])
-
-    def _latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        scale = self.model.vae_scale
-        return self.model.unet.config.in_channels, height // scale, width // scale
 
     def _editing_path(self) -> Reference | Resident:
         """Where edits are made; the engine is laid out by the first edit, from the originals."""

@@ -1,11 +1,14 @@
-"""One batch of edits, on either path: blend, forget, sample, decode, and what each took."""
+"""Edits in batches, on either path: blend, forget, sample, decode, and what each took."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 
-from PIL import Image
+import torch
 from torch import Tensor
 
 from forgedit.config import EditConfig
@@ -14,20 +17,47 @@ from forgedit.engine.resident import Resident
 from forgedit.engine.stats import Size, Stats
 from forgedit.errors import EditDiverged
 from forgedit.progress import Progress
+from forgedit.session import Edit, Session
+from forgedit.stages.encode import Prompt
+
+MOST_LATENT = 1e4  # latents are some units large; decoders overflow beyond, in float16 first
+
+log = logging.getLogger("forgedit")
 
 
-@dataclass(frozen=True)
-class Made:
-    """configs: those that were made; images: one each; latents: [B, C, h, w] on the device."""
-
-    configs: Sequence[EditConfig]
-    images: list[Image.Image]
-    latents: Tensor
-
-
-def together(config: EditConfig) -> tuple[str, float, int, float, str]:
+def _together(config: EditConfig) -> tuple[str, float, int, float, str]:
     """What edits made together have in common."""
     return config.strategy, config.keep, config.num_steps, config.guidance_scale, config.scheduler
+
+
+def in_batches(
+    configs: Sequence[EditConfig],
+    size: tuple[int, int],
+    make: Callable[[Sequence[EditConfig]], list[Edit]],
+    shrink: Callable[[], bool],
+) -> Iterator[Edit]:
+    """Yield one edit a config, in order, batch by batch.
+
+    size: width and height of the pictures, pixels
+    make: makes the first edits of those given, at least one, all of which may be made together
+    shrink: called when the device ran out of memory, so that fewer go together; whether there is anything to gain
+    Raises: RuntimeError if not even one edit fits; what make raises
+    """
+    for _, group in groupby(configs, _together):
+        waiting = list(group)
+        while waiting:
+            try:
+                made = make(waiting)
+            except torch.OutOfMemoryError as error:
+                if not shrink():
+                    raise RuntimeError(
+                        "one edit of {} by {} pixels does not fit into the device's memory; take a smaller picture, "
+                        "numerics='fast', or a device with more".format(*size)
+                    ) from error
+                log.warning("the device ran out of memory; going on with half as many edits at once")
+                continue
+            waiting = waiting[len(made) :]
+            yield from made
 
 
 def _sizes(configs: Sequence[EditConfig], shape: tuple[int, int, int], numerics: str) -> tuple[Size, Size]:
@@ -67,35 +97,35 @@ def warm_up(
 
 def make_batch(
     path: Reference | Resident,
-    source: Tensor,
-    target: Tensor,
-    unconditional: Tensor,
-    owner: object,
-    tuned: Mapping[str, Tensor],
+    session: Session,
+    target: str,
+    prompt: Prompt,
+    nothing: Prompt,
     shape: tuple[int, int, int],
     configs: Sequence[EditConfig],
     progress: Progress,
     stats: Stats,
     numerics: str,
-) -> Made:
-    """Make edits that `together` says may be, up to the first that diverges.
+) -> list[Edit]:
+    """Make edits that may be made together, up to the first that diverges; their seconds are shared out evenly.
 
-    source, target, unconditional: embeddings [1, T, D]; owner, tuned: as Reference.load takes them
+    prompt, nothing: the target and the empty prompt, as the session's text encoder sees them
     shape: (C, h, w) of the latents; stats: is told the seconds, those of a new size as cold
-    Raises: EditDiverged if the first one's latents are not finite; what the stages raise
+    Raises: EditDiverged if the first one's latents are not finite, or too large to decode; what the stages raise
     """
+    tuned = {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
     step_size, decode_size = _sizes(configs, shape, numerics)
     cold, captures = stats.is_new("step", step_size), path.graphs.captures
     with progress.stage("blend"):
-        embeddings = path.blend(source, target, configs)
+        embeddings = path.blend(session.embedding, prompt.embedding, configs)
     with progress.stage("forget"):
-        path.load(owner, tuned, configs[0].strategy, configs[0].keep)
+        path.load(weakref.ref(session), tuned, configs[0].strategy, configs[0].keep)
     with progress.stage("sample") as report:
-        latents = path.sample(embeddings, unconditional, shape, configs, report)
-        finite = latents.isfinite().flatten(1).all(dim=1).tolist()  # waits for a GPU, so that the seconds are its own
-    if not finite[0]:
-        raise EditDiverged("the latents are not finite; lower gamma, the weights of 'vp', or guidance_scale")
-    good = [*finite, False].index(False)
+        latents = path.sample(embeddings, nothing.embedding, shape, configs, report)
+        sane = (latents.abs() < MOST_LATENT).flatten(1).all(dim=1).tolist()  # waits for a GPU: the seconds are its own
+    if not sane[0]:
+        raise EditDiverged("the latents grew without bound; lower gamma, the weights of 'vp', or guidance_scale")
+    good = [*sane, False].index(False)
     with progress.stage("decode"):
         images = path.decode(latents[:good])
     cold = cold or path.graphs.captures > captures
@@ -104,4 +134,17 @@ def make_batch(
     stats.record("forget", seconds["forget"])
     stats.record("step", seconds["sample"] / configs[0].num_steps, step_size, cold)
     stats.record("decode", seconds["decode"], decode_size, cold)
-    return Made(configs[:good], images, latents[:good])
+    shared = {stage: spent / good for stage, spent in seconds.items()}
+    return [
+        Edit(
+            image=image,
+            latents=one[None],
+            config=config,
+            target=target,
+            seconds=dict(shared),
+            photo_size=session.photo_size,
+            opacity=session.opacity,
+            cut=prompt.cut,
+        )
+        for image, one, config in zip(images, latents[:good].cpu(), configs[:good], strict=True)
+    ]

@@ -60,6 +60,28 @@ class Model:
     vae_scale: int
     defaults: Defaults
 
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture, sides in pixels. Raises: ValueError for a size it cannot edit."""
+        unit = 4 * self.vae_scale
+        if width < unit or height < unit or width % unit or height % unit:
+            raise ValueError(f"size {width} by {height} cannot be edited; expected multiples of {unit} pixels")
+        return self.unet.config.in_channels, height // self.vae_scale, width // self.vae_scale
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for JSON: its resolution in pixels, its device, the parameters of its parts."""
+        counts = {
+            f"{part}_parameters": sum(weight.numel() for weight in getattr(self, part).parameters())
+            for part in ("unet", "text_encoder", "vae")
+        }
+        return {
+            "model": self.name,
+            "resolution": self.resolution,
+            "prediction_type": self.prediction_type,
+            "device": str(self.alphas_cumprod.device),
+            **counts,
+            "captioner": self.captioner is not None,
+        }
+
 
 def load_model(
     name: str | Path,

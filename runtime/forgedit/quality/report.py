@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -70,6 +71,12 @@ def make_report(
         "peak_bytes": peak_bytes(torch.device(session.editor.info()["device"])),
         "recommended": asdict(session.editor.defaults),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    packages = ("torch", "diffusers", "transformers", "safetensors", "pillow")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def peak_bytes(device: torch.device) -> dict[str, int | None]:
