@@ -79,6 +79,11 @@ FORGEDIT_INLINE void normalise(const GroupNorm& op, size_t begin, size_t end) {
       for (size_t c = first; c < first + width; ++c) lack += sum[c], total += squares[c];
       lack /= count;
       const double rstd = 1.0 / std::sqrt(total / count - lack * lack + op.eps);
+      if (op.stats) {
+        float* stats = op.stats + picture * 2 * op.groups + first / width;
+        stats[0] = static_cast<float>(static_cast<double>(center[first]) + shift[first] + lack);
+        stats[op.groups] = static_cast<float>(rstd);
+      }
       for (size_t c = first; c < first + width; ++c) {
         center[c] += static_cast<float>(lack);
         scale[c] = static_cast<float>(rstd * to_float(static_cast<const T*>(op.weight)[c]));
@@ -109,6 +114,95 @@ FORGEDIT_AVX512 void normalise_avx512(const GroupNorm& op, Dtype dtype, size_t b
   normalise_any(op, dtype, begin, end);
 }
 
+// The gradients before the SiLU, dz, and each channel's sums of them, and of them times the normalised x.
+template <bool SILU>
+FORGEDIT_INLINE void undo_silu(const GroupNormBackward& op, const float* x, const float* dout, const float* center,
+                               const float* rstd, float* dz, float* sum, float* dots) {
+  const float *weight = op.weight, *bias = op.bias;
+  std::fill(sum, sum + op.channels, 0.0f);
+  std::fill(dots, dots + op.channels, 0.0f);
+  for (size_t row = 0; row < op.pixels * op.channels; row += op.channels) {
+    FORGEDIT_WIDE
+    for (size_t c = 0; c < op.channels; ++c) {
+      const float normed = (x[row + c] - center[c]) * rstd[c];
+      float gradient = dout[row + c];
+      if (SILU) {
+        const float y = normed * weight[c] + bias[c];
+        float inverse = smaller_magnitude(-y, 87.0f);
+        exponential(inverse);
+        const float gate = 1.0f / (1.0f + inverse);
+        gradient *= gate * (1.0f + y * (inverse * gate));
+      }
+      dz[row + c] = gradient;
+      sum[c] += gradient;
+      dots[c] += gradient * normed;
+    }
+  }
+}
+
+// dz to dx, in place, and each channel's sum of it: dx = dz * scale - (x - center) * slope - constant.
+FORGEDIT_INLINE void undo_norm(const GroupNormBackward& op, const float* x, const float* center, const float* scale,
+                               const float* slope, const float* constant, float* dx, float* sum) {
+  std::fill(sum, sum + op.channels, 0.0f);
+  for (size_t row = 0; row < op.pixels * op.channels; row += op.channels) {
+    FORGEDIT_WIDE
+    for (size_t c = 0; c < op.channels; ++c) {
+      const float gradient = dx[row + c] * scale[c] - (x[row + c] - center[c]) * slope[c] - constant[c];
+      dx[row + c] = gradient;
+      sum[c] += gradient;
+    }
+  }
+}
+
+// sums: [batch, 2, channels], takes what each picture gives to dbias and dweight.
+FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+  const size_t channels = op.channels, width = channels / op.groups;
+  const double count = static_cast<double>(op.pixels) * static_cast<double>(width);
+  std::vector<float> rows(5 * channels);
+  float *center = rows.data(), *rstd = center + channels, *scale = rstd + channels, *slope = scale + channels,
+        *constant = slope + channels;
+  for (size_t picture = begin; picture < end; ++picture) {
+    const size_t first_element = picture * op.pixels * channels;
+    const float *x = op.x + first_element, *dout = op.dout + first_element;
+    const float* stats = op.stats + picture * 2 * op.groups;
+    float *dx = op.dx + first_element, *sum = sums + picture * 2 * channels, *dots = sum + channels;
+    for (size_t c = 0; c < channels; ++c) {
+      center[c] = stats[c / width] - (op.shift ? op.shift[picture * op.shift_stride + c] : 0.0f);
+      rstd[c] = stats[op.groups + c / width];
+    }
+    if (op.silu) {
+      undo_silu<true>(op, x, dout, center, rstd, dx, sum, dots);
+    } else {
+      undo_silu<false>(op, x, dout, center, rstd, dx, sum, dots);
+    }
+    for (size_t first = 0; first < channels; first += width) {
+      double total = 0, along = 0;  // of the normalised x's gradients
+      for (size_t c = first; c < first + width; ++c) {
+        total += static_cast<double>(op.weight[c]) * sum[c];
+        along += static_cast<double>(op.weight[c]) * dots[c];
+      }
+      for (size_t c = first; c < first + width; ++c) {
+        scale[c] = rstd[c] * op.weight[c];
+        slope[c] = static_cast<float>(along / count * rstd[c] * rstd[c]);
+        constant[c] = static_cast<float>(total / count * rstd[c]);
+      }
+    }
+    undo_norm(op, x, center, scale, slope, constant, dx, op.dshift + picture * channels);
+  }
+}
+
+void differentiate_baseline(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+  differentiate(op, sums, begin, end);
+}
+
+FORGEDIT_AVX2 void differentiate_avx2(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+  differentiate(op, sums, begin, end);
+}
+
+FORGEDIT_AVX512 void differentiate_avx512(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+  differentiate(op, sums, begin, end);
+}
+
 }  // namespace
 
 void group_norm_silu(const GroupNorm& op, Dtype dtype, int threads, const std::string& instruction_set) {
@@ -116,6 +210,22 @@ void group_norm_silu(const GroupNorm& op, Dtype dtype, int threads, const std::s
   // A thread costs tens of microseconds, about as much as 64 Ki elements.
   const size_t least = (size_t{1} << 16) / std::max<size_t>(op.pixels * op.channels, 1) + 1;
   split(op.batch, least, threads, [&](size_t begin, size_t end) { run(op, dtype, begin, end); });
+}
+
+void group_norm_silu_backward(const GroupNormBackward& op, int threads, const std::string& instruction_set) {
+  const auto run = choose(instruction_set, differentiate_baseline, differentiate_avx2, differentiate_avx512);
+  std::vector<float> sums(op.batch * 2 * op.channels);
+  const size_t least = (size_t{1} << 15) / std::max<size_t>(op.pixels * op.channels, 1) + 1;  // twice the work
+  split(op.batch, least, threads, [&](size_t begin, size_t end) { run(op, sums.data(), begin, end); });
+  for (size_t c = 0; c < op.channels; ++c) {
+    double bias = 0, weight = 0;
+    for (size_t picture = 0; picture < op.batch; ++picture) {
+      bias += sums[picture * 2 * op.channels + c];
+      weight += sums[(picture * 2 + 1) * op.channels + c];
+    }
+    op.dbias[c] = static_cast<float>(bias);
+    op.dweight[c] = static_cast<float>(weight);
+  }
 }
 
 }  // namespace forgedit
