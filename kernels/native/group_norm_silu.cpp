@@ -114,14 +114,15 @@ FORGEDIT_AVX512 void normalise_avx512(const GroupNorm& op, Dtype dtype, size_t b
   normalise_any(op, dtype, begin, end);
 }
 
-// The gradients before the SiLU, dz, and each channel's sums of them, and of them times the normalised x.
+// Pixels whose gradients are added up in float, before they join a double: errors do not grow with the map.
+constexpr size_t kShortSum = 16;
+
+// `elements` of the gradients before the SiLU, dz; adds them, and them times the normalised x, to each channel's sums.
 template <bool SILU>
-FORGEDIT_INLINE void undo_silu(const GroupNormBackward& op, const float* x, const float* dout, const float* center,
-                               const float* rstd, float* dz, float* sum, float* dots) {
+FORGEDIT_INLINE void undo_silu(const GroupNormBackward& op, const float* x, const float* dout, size_t elements,
+                               const float* center, const float* rstd, float* dz, float* sum, float* dots) {
   const float *weight = op.weight, *bias = op.bias;
-  std::fill(sum, sum + op.channels, 0.0f);
-  std::fill(dots, dots + op.channels, 0.0f);
-  for (size_t row = 0; row < op.pixels * op.channels; row += op.channels) {
+  for (size_t row = 0; row < elements; row += op.channels) {
     FORGEDIT_WIDE
     for (size_t c = 0; c < op.channels; ++c) {
       const float normed = (x[row + c] - center[c]) * rstd[c];
@@ -140,11 +141,10 @@ FORGEDIT_INLINE void undo_silu(const GroupNormBackward& op, const float* x, cons
   }
 }
 
-// dz to dx, in place, and each channel's sum of it: dx = dz * scale - (x - center) * slope - constant.
-FORGEDIT_INLINE void undo_norm(const GroupNormBackward& op, const float* x, const float* center, const float* scale,
-                               const float* slope, const float* constant, float* dx, float* sum) {
-  std::fill(sum, sum + op.channels, 0.0f);
-  for (size_t row = 0; row < op.pixels * op.channels; row += op.channels) {
+// dz to dx, in place: dx = dz * scale - (x - center) * slope - constant. Adds it to each channel's sum.
+FORGEDIT_INLINE void undo_norm(const GroupNormBackward& op, const float* x, size_t elements, const float* center,
+                               const float* scale, const float* slope, const float* constant, float* dx, float* sum) {
+  for (size_t row = 0; row < elements; row += op.channels) {
     FORGEDIT_WIDE
     for (size_t c = 0; c < op.channels; ++c) {
       const float gradient = dx[row + c] * scale[c] - (x[row + c] - center[c]) * slope[c] - constant[c];
@@ -154,32 +154,44 @@ FORGEDIT_INLINE void undo_norm(const GroupNormBackward& op, const float* x, cons
   }
 }
 
-// sums: [batch, 2, channels], takes what each picture gives to dbias and dweight.
-FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
-  const size_t channels = op.channels, width = channels / op.groups;
+// Adds short sums to long ones, and clears them for the next.
+FORGEDIT_INLINE void join(float* parts, double* sums, size_t count) {
+  for (size_t i = 0; i < count; ++i) sums[i] += parts[i];
+  std::fill(parts, parts + count, 0.0f);
+}
+
+// sums: [batch, 2, channels], zeros; takes what each picture gives to dbias and dweight.
+FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, double* sums, size_t begin, size_t end) {
+  const size_t channels = op.channels, width = channels / op.groups, all = op.pixels * channels;
+  const size_t tile = kShortSum * channels;
   const double count = static_cast<double>(op.pixels) * static_cast<double>(width);
-  std::vector<float> rows(5 * channels);
+  std::vector<float> rows(7 * channels);
+  std::vector<double> dx_sums(channels);
   float *center = rows.data(), *rstd = center + channels, *scale = rstd + channels, *slope = scale + channels,
-        *constant = slope + channels;
+        *constant = slope + channels, *parts = constant + channels;
   for (size_t picture = begin; picture < end; ++picture) {
-    const size_t first_element = picture * op.pixels * channels;
-    const float *x = op.x + first_element, *dout = op.dout + first_element;
+    const float *x = op.x + picture * all, *dout = op.dout + picture * all;
     const float* stats = op.stats + picture * 2 * op.groups;
-    float *dx = op.dx + first_element, *sum = sums + picture * 2 * channels, *dots = sum + channels;
+    float* dx = op.dx + picture * all;
+    double* sum = sums + picture * 2 * channels;
     for (size_t c = 0; c < channels; ++c) {
       center[c] = stats[c / width] - (op.shift ? op.shift[picture * op.shift_stride + c] : 0.0f);
       rstd[c] = stats[op.groups + c / width];
     }
-    if (op.silu) {
-      undo_silu<true>(op, x, dout, center, rstd, dx, sum, dots);
-    } else {
-      undo_silu<false>(op, x, dout, center, rstd, dx, sum, dots);
+    for (size_t at = 0; at < all; at += tile) {
+      const size_t elements = std::min(tile, all - at);
+      if (op.silu) {
+        undo_silu<true>(op, x + at, dout + at, elements, center, rstd, dx + at, parts, parts + channels);
+      } else {
+        undo_silu<false>(op, x + at, dout + at, elements, center, rstd, dx + at, parts, parts + channels);
+      }
+      join(parts, sum, 2 * channels);
     }
     for (size_t first = 0; first < channels; first += width) {
-      double total = 0, along = 0;  // of the normalised x's gradients
+      double total = 0, along = 0;  // of the normalised x's gradients; and times the normalised x
       for (size_t c = first; c < first + width; ++c) {
-        total += static_cast<double>(op.weight[c]) * sum[c];
-        along += static_cast<double>(op.weight[c]) * dots[c];
+        total += op.weight[c] * sum[c];
+        along += op.weight[c] * sum[channels + c];
       }
       for (size_t c = first; c < first + width; ++c) {
         scale[c] = rstd[c] * op.weight[c];
@@ -187,19 +199,24 @@ FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, float* sums, siz
         constant[c] = static_cast<float>(total / count * rstd[c]);
       }
     }
-    undo_norm(op, x, center, scale, slope, constant, dx, op.dshift + picture * channels);
+    std::fill(dx_sums.begin(), dx_sums.end(), 0.0);
+    for (size_t at = 0; at < all; at += tile) {
+      undo_norm(op, x + at, std::min(tile, all - at), center, scale, slope, constant, dx + at, parts);
+      join(parts, dx_sums.data(), channels);
+    }
+    for (size_t c = 0; c < channels; ++c) op.dshift[picture * channels + c] = static_cast<float>(dx_sums[c]);
   }
 }
 
-void differentiate_baseline(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+void differentiate_baseline(const GroupNormBackward& op, double* sums, size_t begin, size_t end) {
   differentiate(op, sums, begin, end);
 }
 
-FORGEDIT_AVX2 void differentiate_avx2(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+FORGEDIT_AVX2 void differentiate_avx2(const GroupNormBackward& op, double* sums, size_t begin, size_t end) {
   differentiate(op, sums, begin, end);
 }
 
-FORGEDIT_AVX512 void differentiate_avx512(const GroupNormBackward& op, float* sums, size_t begin, size_t end) {
+FORGEDIT_AVX512 void differentiate_avx512(const GroupNormBackward& op, double* sums, size_t begin, size_t end) {
   differentiate(op, sums, begin, end);
 }
 
@@ -214,7 +231,7 @@ void group_norm_silu(const GroupNorm& op, Dtype dtype, int threads, const std::s
 
 void group_norm_silu_backward(const GroupNormBackward& op, int threads, const std::string& instruction_set) {
   const auto run = choose(instruction_set, differentiate_baseline, differentiate_avx2, differentiate_avx512);
-  std::vector<float> sums(op.batch * 2 * op.channels);
+  std::vector<double> sums(op.batch * 2 * op.channels);
   const size_t least = (size_t{1} << 15) / std::max<size_t>(op.pixels * op.channels, 1) + 1;  // twice the work
   split(op.batch, least, threads, [&](size_t begin, size_t end) { run(op, sums.data(), begin, end); });
   for (size_t c = 0; c < op.channels; ++c) {
