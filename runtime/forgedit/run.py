@@ -1,6 +1,7 @@
 """One job of the command line, from the checked words to the files: tune, edits, contact sheet, report.
 
-Everything that can be refused is refused before the first file. Files then appear one by one, each whole.
+Everything that can be refused is refused before the first file. Files then appear one by one, each whole; pictures are
+encoded and written by a thread of their own, as that takes as long as some steps of their denoising.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from forgedit.atomic import write_atomic
+from forgedit.background import Background
 from forgedit.config import EditConfig
 from forgedit.console import Console, table
 from forgedit.editor import Editor
 from forgedit.job import Job, check_edits, check_settings
+from forgedit.progress import StepEvent
 from forgedit.quality.contact_sheet import contact_sheet, strength
 from forgedit.quality.report import describe_edit, make_report, write_report
 from forgedit.session import Edit, Session
@@ -52,23 +56,21 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             error = f"relative error of the delta {saved.relative_error:.2g}"
             console.text(f"session: {job.save}, {saved.delta}, {saved.num_bytes:,} bytes, {error}")
         console.count(0, len(configs))
-        finished = editor.edits(session, job.target, configs, console.step) if configs else iter(())
-        for index, edit in enumerate(finished):
-            config = edit.config
-            console.count(index + 1, len(configs))
-            assert job.out is not None
-            if not noted:
-                _begin(job, session)
-            name = "edit.png" if args.command == "edit" else f"sweep/{index:02d}-{_slug(config)}.png"
-            noted.append((edit, describe_edit(edit, session, name)))
-            picture = edit.at_photo_size()
-            _save(picture, job.out / name)
-            if args.command == "demo" and config == editor.defaults.edit:
-                _save(picture, job.out / "edit.png")
-            console.event("edit", path=str(job.out / name), **noted[-1][1])
+        with Background() as background:
+
+            def on_step(event: StepEvent) -> None:
+                background.check()  # a full disk ends the edits, not only their pictures
+                console.step(event)
+
+            finished = editor.edits(session, job.target, configs, on_step) if configs else iter(())
+            for index, edit in enumerate(finished):
+                console.count(index + 1, len(configs))
+                if index == 0:
+                    background.do(partial(_begin, job, session))
+                background.do(partial(_write_edit, job, args.command, session, index, edit, noted, console))
     except KeyboardInterrupt:
         interrupted = True
-    # noted before it was written, and struck out here if it was not: no interrupt leaves a picture without its entry
+    # noted before it was written, and struck out here if it was not: no picture is left without its entry
     edits = [(edit, entry) for edit, entry in noted if job.out is not None and (job.out / entry["file"]).exists()]
     if edits:
         assert session is not None
@@ -83,6 +85,28 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             f"interrupted; {len(edits)} of {len(configs)} edits finished; kept: {', '.join(kept) or 'nothing'}"
         )
     return 130 if interrupted else 0
+
+
+def _write_edit(
+    job: Job,
+    command: str,
+    session: Session,
+    index: int,
+    edit: Edit,
+    noted: list[tuple[Edit, dict[str, Any]]],
+    console: Console,
+) -> None:
+    """Note the edit, write its picture, and tell of it."""
+    assert job.out is not None
+    config = edit.config
+    name = "edit.png" if command == "edit" else f"sweep/{index:02d}-{_slug(config)}.png"
+    entry = describe_edit(edit, session, name)
+    noted.append((edit, entry))
+    picture = edit.at_photo_size()
+    _save(picture, job.out / name)
+    if command == "demo" and config == session.editor.defaults.edit:
+        _save(picture, job.out / "edit.png")
+    console.event("edit", path=str(job.out / name), **entry)
 
 
 def _slug(config: EditConfig) -> str:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from functools import partial
 
@@ -158,6 +159,28 @@ def test_sweep(run, session_file, tmp_path):
     assert Image.open(tmp_path / "work/o/contact_sheet.png").width > 2 * 160
     code, _, _ = run(*command, "--gammas", "1")
     assert code == 0 and len(files(tmp_path / "work/o/sweep")) == 2  # the earlier run's pictures are gone
+
+
+def test_pictures_are_written_while_the_next_are_computed(run, session_file, tmp_path, monkeypatch):
+    write, step, computing, waited = forgedit.run._save, Console.step, threading.Event(), []
+
+    def slow(image, path):
+        if path.name.startswith("00-"):
+            waited.append(computing.wait(60))
+        write(image, path)
+
+    def count(console, event):
+        step(console, event)
+        if console._index > 0 and event.stage == "sample":  # of the second batch
+            computing.set()
+
+    monkeypatch.setattr(forgedit.run, "_save", slow)
+    monkeypatch.setattr(Console, "step", count)
+    words = ("sweep", session_file, "a dog", "--out", "o", "--strategies", "none,encoderattn", "--gammas", "1,1.1")
+    code, events, _ = run(*words, "--json")
+    assert (code, waited) == (0, [True])
+    edits = [event["path"] for event in events if event["event"] == "edit"]
+    assert edits == [f"o/sweep/{name}" for name in files(tmp_path / "work/o/sweep")] and len(edits) == 4
 
 
 def test_demo(run, tmp_path):

@@ -73,3 +73,17 @@ def test_on_the_command_line(folder, photo, tmp_path, monkeypatch, capsys, fill_
         if path.suffix == ".png":
             with Image.open(path) as image:
                 image.load()
+
+
+def test_a_sweep_ends_with_the_picture_that_cannot_be_written(folder, photo, tmp_path, monkeypatch, capsys, fill_disk):
+    """Pictures are written beside the denoising of the next: what comes later is not written, nor computed for long."""
+    fill_disk("01-")
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", photo, "a dog", "--caption", "a cat", "--tune-num-steps", "1", "--batch-size", "1", "--json"]
+    words += ["--num-steps", "200", "--gammas", "1,1.1", "--strategies", "none,encoderattn", "--out", "o"]
+    assert main([*map(str, words), "--model", str(folder), "--threads", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("forgedit: cannot write") and "01-" in err.splitlines()[-1]
+    names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert len(names) == 2 and names[0].startswith("00-") and names[1] == "original.png"
+    assert 200 <= out.count('"stage": "sample"') < 400  # the second batch began at most
