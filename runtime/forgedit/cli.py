@@ -175,17 +175,19 @@ def _autotune(args: argparse.Namespace, editor: Editor, console: Console) -> int
     model = editor.model
     if args.edits < 1:
         raise InputError(f"--edits {args.edits} is out of range; expected a whole number >= 1")
-    sides = args.sizes or [(model.resolution, model.resolution)]
+    try:
+        maps = [model.latent_shape(*size)[1:] for size in args.sizes or [(model.resolution, model.resolution)]]
+    except ValueError as error:
+        raise InputError(str(error)) from error
     shapes = [
         unet_shapes(
             model.unet,
-            height // model.vae_scale,
-            width // model.vae_scale,
+            *size,
             rows=2 * args.edits,
             prompt_tokens=model.tokenizer.model_max_length,
             dtype=NUMERICS[args.numerics],
         )
-        for width, height in sides
+        for size in maps
     ]
 
     def tell(measured: Measured) -> None:
@@ -204,15 +206,9 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     """'512x512,768x512' as widths and heights."""
     try:
         pairs = [tuple(int(side) for side in part.split("x")) for part in text.split(",")]
-        return [(width, height) for width, height in pairs if _positive(width, height)]
+        return [(width, height) for width, height in pairs]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"cannot read {text!r}; expected sizes such as 512x512,768x512") from error
-
-
-def _positive(*sides: int) -> bool:
-    if min(sides) < 1:
-        raise ValueError(f"{sides} are no sides of a picture")
-    return True
 
 
 def _editor(args: argparse.Namespace, numerics: str) -> Editor:

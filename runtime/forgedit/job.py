@@ -100,6 +100,10 @@ def check_edits(configs: list[EditConfig], trained: Iterable[str], editor: Edito
     for config in configs:
         if config.strategy != "none" and not any(map(parse_strategy(config.strategy), names)):
             raise InputError(f"strategy {config.strategy!r} matches no tuned weight, such as {names[0]!r}")
+        if config.scheduler != "ddim" and editor.numerics == "reference":
+            raise InputError(
+                f"scheduler {config.scheduler!r} is not the method's; numerics 'reference' takes 'ddim' alone"
+            )
         try:
             ddim_timesteps(config.num_steps, len(editor.model.alphas_cumprod))
         except ValueError as error:

@@ -1,6 +1,7 @@
-"""A small random pipeline with Stable Diffusion's block names, saved as a diffusers folder, and one photo."""
+"""A small random pipeline with Stable Diffusion's block names, saved as a diffusers folder; one photo; commands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from forgedit import Editor
+from forgedit.cli import main
 from tests.runtime import naive
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
@@ -152,4 +154,39 @@ def photo(tmp_path_factory) -> Path:
     pixels = (ramp + rng.integers(0, 6, (30, 60, 3))).clip(0, 255).astype(np.uint8)
     path = tmp_path_factory.mktemp("photo") / "photo.png"
     Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(folder, photo, tmp_path_factory):
+    """The small random pipeline with quick settings and a demo of its own."""
+    model = shutil.copytree(folder, tmp_path_factory.mktemp("cli") / "model")
+    tune = {"num_steps": 2, "batch_size": 2, "unet_lr": 1e-3}
+    edit = {"strategy": "encoderattn", "num_steps": 2}
+    sweep = {"strategies": ["none", "encoderattn", "decoderattn"], "gammas": [0.8, 1.0, 1.2, 1.4], "num_steps": 2}
+    (model / "forgedit.json").write_text(json.dumps({"tune": tune, "edit": edit, "sweep": sweep}))
+    shutil.copy(photo, model / "demo.png")
+    (model / "demo.json").write_text(json.dumps({"target": "a blue bird", "caption": "a red bird"}))
+    return model
+
+
+@pytest.fixture
+def run(model, capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder; gives exit code, JSON events or text, and stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*words):
+        code = main([str(word) for word in (*words, "--model", model, "--threads", 1)])
+        out, err = capsys.readouterr()
+        return code, [json.loads(line) for line in out.splitlines()] if "--json" in words else out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def session_file(model, photo, tmp_path_factory):
+    path = tmp_path_factory.mktemp("session") / "one.session"
+    assert main(["tune", str(photo), "--save", str(path), "--model", str(model), "--caption", "a cat"]) == 0
     return path

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,42 +18,6 @@ from forgedit import EditConfig, SweepConfig, TuneConfig
 from forgedit.cli import main
 from forgedit.console import Console, table
 from forgedit.progress import StepEvent
-
-SWEEP = {"strategies": ["none", "encoderattn", "decoderattn"], "gammas": [0.8, 1.0, 1.2, 1.4], "num_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def model(folder, photo, tmp_path_factory):
-    """The small random pipeline with quick settings and a demo of its own."""
-    model = shutil.copytree(folder, tmp_path_factory.mktemp("cli") / "model")
-    tune = {"num_steps": 2, "batch_size": 2, "unet_lr": 1e-3}
-    edit = {"strategy": "encoderattn", "num_steps": 2}
-    (model / "forgedit.json").write_text(json.dumps({"tune": tune, "edit": edit, "sweep": SWEEP}))
-    shutil.copy(photo, model / "demo.png")
-    (model / "demo.json").write_text(json.dumps({"target": "a blue bird", "caption": "a red bird"}))
-    return model
-
-
-@pytest.fixture
-def run(model, capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder; gives exit code, JSON events or text, and stderr."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-
-    def run(*words):
-        code = main([str(word) for word in (*words, "--model", model, "--threads", 1)])
-        out, err = capsys.readouterr()
-        return code, [json.loads(line) for line in out.splitlines()] if "--json" in words else out, err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def session_file(model, photo, tmp_path_factory):
-    path = tmp_path_factory.mktemp("session") / "one.session"
-    assert main(["tune", str(photo), "--save", str(path), "--model", str(model), "--caption", "a cat"]) == 0
-    return path
 
 
 def files(folder):
