@@ -35,21 +35,22 @@ def pack_weight(tuned: Tensor, original: Tensor, delta: str) -> tuple[Tensor, Te
     if delta == "fp32":
         return tuned, None
     difference = tuned.float() - original.float()
-    if not (difference.abs() <= 2.0**127).all():  # beyond it rounding up could overflow; false for NaN too
+    blocks = difference.view(1, -1) if delta == "fp16" else _blocks(difference)
+    least, most = torch.aminmax(blocks, dim=1)
+    largest = torch.maximum(most, -least)
+    if not (largest <= 2.0**127).all():  # beyond it rounding up could overflow; false for NaN too
         raise ValueError(f"the delta is not finite or beyond 2^127, {delta} cannot hold it; save it as fp32")
     if delta == "fp16":
-        exponent = torch.frexp(difference.abs().amax().reshape(1)).exponent
+        exponent = torch.frexp(largest).exponent
         scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (exponent - 15).clamp(min=-126))
-        return (difference / scale).half(), scale
+        return difference.div_(scale).half(), scale
     levels = _LEVELS[delta]
-    flat = difference.flatten()
-    blocks = pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scales = (blocks.abs().amax(dim=1) / levels).clamp(min=_LEAST_SCALE)
-    whole = (blocks / scales[:, None]).round().clamp(-levels, levels).to(torch.int8).flatten()
+    scales = (largest / levels).clamp(min=_LEAST_SCALE)
+    whole = blocks.div_(scales[:, None]).round_().to(torch.int8).flatten()  # within levels, as its largest is
     if delta == "int8":
-        return whole[: len(flat)].view(difference.shape), scales
-    low, high = (whole + 8).to(torch.uint8).view(-1, 2).unbind(dim=1)
-    return (low | high << 4)[: (len(flat) + 1) // 2], scales
+        return whole[: difference.numel()].view(difference.shape), scales
+    low, high = (whole + 8).view(torch.uint8).view(-1, 2).unbind(dim=1)
+    return (low | high << 4)[: (difference.numel() + 1) // 2], scales
 
 
 @torch.no_grad()
@@ -74,15 +75,28 @@ def unpack_weight(values: Tensor, scales: Tensor | None, original: Tensor, delta
         if scales is not None:
             raise ValueError("fp32 has no scales")
         return values
-    blocks = 1 if delta == "fp16" else -(-n // BLOCK)
-    if scales is None or scales.dtype != torch.float32 or scales.shape != (blocks,):
-        raise ValueError(f"expected scales of torch.float32 [{blocks}] for {delta}")
+    count = 1 if delta == "fp16" else -(-n // BLOCK)
+    if scales is None or scales.dtype != torch.float32 or scales.shape != (count,):
+        raise ValueError(f"expected scales of torch.float32 [{count}] for {delta}")
     scales = scales.to(original.device)
     if delta == "int4":
-        values = torch.stack((values & 15, values >> 4), dim=1).flatten()[:n].float() - 8
-    if delta != "fp16":
-        scales = scales.repeat_interleave(BLOCK)[:n].view(original.shape)
-    return (original.float() + values.float().view(original.shape) * scales).to(original.dtype)
+        values = torch.stack((values & 15, values >> 4), dim=1).flatten()[:n].view(torch.int8) - 8
+    blocks = values.view(1, -1) if delta == "fp16" else _blocks(values)
+    change = (blocks * scales[:, None]).flatten()[:n].view(original.shape)  # float32, by promotion
+    return change.add_(original).to(original.dtype)
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """[ceil(n / 64), 64], filled up with zeros; `values` themselves where there is nothing to fill up."""
+    flat = values.flatten()
+    return (pad(flat, (0, -len(flat) % BLOCK)) if len(flat) % BLOCK else flat).view(-1, BLOCK)
+
+
+@torch.no_grad()
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2, Euclidean: differences, squares and sum in float64, on their device. Returns: float64, no dimension"""
+    difference = a.double().sub_(b).flatten()
+    return difference.dot(difference)
 
 
 def check_delta(delta: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
-from forgedit.delta import check_delta, pack_weight, unpack_weight
+from forgedit.delta import check_delta, pack_weight, squared_distance, unpack_weight
 from forgedit.errors import SessionError
 from forgedit.progress import OnStep
 from forgedit.session_file import read_session_file, write_session_file
@@ -158,16 +158,15 @@ class Session:
     def _packed(self, delta: str) -> tuple[dict[str, Tensor], float]:
         """Tensors to store, on the CPU, and the relative error of what will be restored from them."""
         tensors: dict[str, Tensor] = {}
-        wrong = change = 0.0
+        wrong = change = torch.zeros((), dtype=torch.float64, device=self.embedding.device)
         for name, tuned in self.tuned.items():
             original = self.editor.originals()[name]
             values, scales = pack_weight(tuned, original, delta)
             tensors[name] = values.cpu().contiguous()
             if scales is not None:
                 tensors[name + SCALES] = scales.cpu()
-                restored = unpack_weight(values, scales, original, delta).double()
-                wrong += (restored - tuned.double()).square().sum().item()
-                change += (tuned.double() - original.double()).square().sum().item()
+                wrong = wrong + squared_distance(unpack_weight(values, scales, original, delta), tuned)
+                change = change + squared_distance(tuned, original)
         return tensors, math.sqrt(wrong / change) if change else 0.0
 
 

@@ -145,7 +145,7 @@ def drop_metadata(path):
         (drop_tensor, "altered"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
         (lambda path: path.write_bytes(b"not a session"), "truncated or not a session"),
-        (change_version, "format '99' is not known; expected 2"),
+        (change_version, "format '99' is not known; expected 3"),
         (drop_metadata, "metadata lacks"),
     ],
     ids=["bit", "record", "tensor", "truncated", "text", "version", "metadata"],
