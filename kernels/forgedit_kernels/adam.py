@@ -67,9 +67,11 @@ def adam_reference(
     scales: Tensor,
     betas: tuple[float, float],
     eps: float,
+    least: float = 0.0,
 ) -> None:
     """One update in plain torch, in the dtype of `params`, which float64 may be; scales: of Corrections.
 
+    least: the square counts as at least this much of the moment's square
     In float32 on the CPU it equals torch.optim.Adam bit for bit.
     """
     root = scales[0]
@@ -77,7 +79,8 @@ def adam_reference(
         g = g.to(p.dtype)
         m.lerp_(g, 1 - betas[0])
         v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        p.sub_(size.to(p.dtype) * m / (v.sqrt() / root.to(p.dtype) + eps))
+        square = torch.maximum(v, least * m * m) if least > 0 else v
+        p.sub_(size.to(p.dtype) * m / (square.sqrt() / root.to(p.dtype) + eps))
     if copies is not None:
         for copy, p in zip(copies, params, strict=True):
             copy.copy_(p)

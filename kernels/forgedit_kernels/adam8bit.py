@@ -11,6 +11,10 @@ seven lines: no search. Values lie in the middle of cells, so that rounding down
 where the border is 0.2 of a cell late, and below 1; so 0.3 is added, and one midpoint read to step back where due.
 Blocks follow the order in memory: a weight in channels_last has other blocks than bitsandbytes, which makes it
 contiguous, gives it. Of tensors under 4096 elements the moments stay in float32.
+
+By Cauchy and Schwarz m^2 <= v (1 - beta1)^2 / ((1 - beta2) (1 - beta1^2 / beta2)) in any run of Adam: a step is at most
+some seven times its first. Rounding breaks this where v becomes 0 and m does not, and m / sqrt(v) has no bound when the
+next gradient is 0. A bounded plan counts v as at least what m says it must be; bitsandbytes has no such bound.
 """
 
 from __future__ import annotations
@@ -92,6 +96,11 @@ def dequantize(state: Quantized, signed: bool, dtype: torch.dtype = torch.float3
     return values[state.codes.int()].to(dtype) * largest.to(dtype)
 
 
+def least_square(betas: tuple[float, float]) -> float:
+    """What v is at least, as a share of m^2; 0 where there is no such bound."""
+    return max((1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]) / (1 - betas[0]) ** 2, 0.0) if betas[1] else 0.0
+
+
 @torch.no_grad()
 def adam8bit_reference(
     params: Sequence[Tensor],
@@ -102,12 +111,17 @@ def adam8bit_reference(
     scales: Tensor,
     betas: tuple[float, float],
     eps: float,
+    least: float = 0.0,
 ) -> None:
-    """One update in plain torch, in the dtype of `params`, which float64 may be; scales: of Corrections."""
+    """One update in plain torch, in the dtype of `params`, which float64 may be; scales: of Corrections.
+
+    least: see least_square; 0 does not bound
+    """
     flat_params, flat_gradients = [_flat(p) for p in params], [_flat(g) for g in gradients]
     m = [dequantize(state, True, p.dtype) for state, p in zip(moments, params, strict=True)]
     v = [dequantize(state, False, p.dtype) for state, p in zip(squares, params, strict=True)]
-    adam_reference(flat_params, flat_gradients, m, v, copies and [_flat(c) for c in copies], scales, betas, eps)
+    flat_copies = copies and [_flat(c) for c in copies]
+    adam_reference(flat_params, flat_gradients, m, v, flat_copies, scales, betas, eps, least)
     for signed, states, new in ((True, moments, m), (False, squares, v)):
         for state, values in zip(states, new, strict=True):
             quantized = quantize(values, signed)
@@ -156,6 +170,7 @@ def _adam8bit_tile(  # type: ignore[no-untyped-def]
     keep2,
     new2,
     eps,
+    least,
     COPY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -168,7 +183,7 @@ def _adam8bit_tile(  # type: ignore[no-untyped-def]
     v *= tl.load(v_largest_ptr + rows, mask=rows_valid)[:, None]
     g = tl.load(g_ptr + offsets, mask=valid).to(tl.float32)
     m, v = adam_moments(m, v, g, new1, keep2, new2)
-    p = tl.load(p_ptr + offsets, mask=valid) - adam_change(m, v, size, root, eps)
+    p = tl.load(p_ptr + offsets, mask=valid) - adam_change(m, tl.maximum(v, least * m * m), size, root, eps)
     tl.store(p_ptr + offsets, p, mask=valid)
     if COPY is not None:
         tl.store(copy_ptr + offsets, p.to(COPY), mask=valid)
@@ -197,6 +212,7 @@ def _adam8bit_kernel(  # type: ignore[no-untyped-def]
     keep2,
     new2,
     eps,
+    least,
     GRADIENT: tl.constexpr,
     COPY: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -226,14 +242,14 @@ def _adam8bit_kernel(  # type: ignore[no-untyped-def]
         if first + ROWS * 256 <= count:
             _adam8bit_tile(
                 p, g, m, v, m_largest, v_largest, copy, m_values_ptr, m_midpoints_ptr, v_values_ptr, v_midpoints_ptr,
-                None, None, size, root, new1, keep2, new2, eps, COPY, ROWS
+                None, None, size, root, new1, keep2, new2, eps, least, COPY, ROWS
             )  # fmt: skip
         else:
             rows = tl.arange(0, ROWS) * 256
             valid = rows[:, None] + tl.arange(0, 256)[None, :] < count - first
             _adam8bit_tile(
                 p, g, m, v, m_largest, v_largest, copy, m_values_ptr, m_midpoints_ptr, v_values_ptr, v_midpoints_ptr,
-                valid, rows < count - first, size, root, new1, keep2, new2, eps, COPY, ROWS
+                valid, rows < count - first, size, root, new1, keep2, new2, eps, least, COPY, ROWS
             )  # fmt: skip
 
 
@@ -242,6 +258,7 @@ def variants() -> list[Variant]:
     maps = {f"{name}_{part}_ptr": "*fp32" for name in ("m", "v") for part in ("values", "midpoints")}
     signature = {"table_ptr": "*i64", "blocks_ptr": "*i32", "scales_ptr": "*fp64", **maps, "gradient": "i64"}
     signature |= {"first_block": "i32", "new1": "fp32", "keep2": "fp32", "new2": "fp32", "eps": "fp32"}
+    signature |= {"least": "fp32"}
     sizes = {"ALIGN": 16, "ROWS": _ROWS, "TILES": _TILES}
     return [
         Variant(
@@ -274,12 +291,15 @@ class Adam8bitPlan:
         copies: Iterable[Tensor] | None = None,
         backend: str = "auto",
         num_threads: int | None = None,
+        bounded: bool = False,
     ) -> None:
+        """bounded: see the top of the file; False steps as bitsandbytes does"""
         every, grads, rounded = list(params), _listed(gradients), _listed(copies)
         rates = [float(lr)] * len(every) if isinstance(lr, (int, float)) else list(lr)
         check_tensors(every, grads, rounded)
         check_settings(len(every), rates, betas, eps, num_threads)
         self.betas, self.eps, self._num_threads = betas, eps, num_threads
+        self._least = least_square(betas) if bounded else 0.0
         p = every[0] if every else torch.empty(0)
         obstacles = {
             "triton": lambda: triton_obstacle(p.device, p.dtype, (torch.float32,)),
@@ -362,7 +382,7 @@ class Adam8bitPlan:
             scales = self.corrections.scales
             scales = torch.cat((scales[:1], scales[1:][chosen]))
             states = self.moments[chosen], self.squares[chosen]
-            adam8bit_reference(params, gradients, *states, copies, scales, self.betas, self.eps)
+            adam8bit_reference(params, gradients, *states, copies, scales, self.betas, self.eps, self._least)
             return
         torch.autograd.graph.increment_version([*params, *(copies or ())])  # written behind autograd's back
 
@@ -378,6 +398,7 @@ class Adam8bitPlan:
                 address,
                 first,
                 **settings(self.betas, self.eps),
+                least=self._least,
                 GRADIENT=tl_dtype(gradient_dtype),
                 COPY=tl_dtype(self._copies[0].dtype if self._copies else None),
                 ALIGN=min(self._align, alignment([address])),
@@ -397,6 +418,7 @@ class Adam8bitPlan:
             [values.data_ptr() for values in self._maps],
             root=root,
             **settings(self.betas, self.eps),
+            least=self._least,
             gradient=str(gradient_dtype)[6:],
             copy=str(self._copies[0].dtype)[6:] if self._copies else "",
             threads=self._num_threads or torch.get_num_threads(),

@@ -23,9 +23,11 @@ struct AdamTensor {
   float size;
 };
 
-// root: sqrt(1 - beta2^t); new1, new2: 1 - beta1, 1 - beta2; keep2: beta2
+// root: sqrt(1 - beta2^t); new1, new2: 1 - beta1, 1 - beta2; keep2: beta2; least: of 8-bit moments alone, the share of
+// m^2 that v counts as at least
 struct AdamSettings {
   float root, new1, keep2, new2, eps;
+  float least = 0.0f;
 };
 
 FORGEDIT_INLINE float adam_moment(const AdamSettings& s, float m, float g) { return m + s.new1 * (g - m); }

@@ -65,7 +65,7 @@ FORGEDIT_INLINE void update_blocks(const Adam8bitTensor& tensor, const AdamSetti
       const float g = to_float(gradient[i]);
       m[i] = adam_moment(s, m_values[moment[i]] * m_scale, g);
       v[i] = adam_square(s, v_values[square[i]] * v_scale, g);
-      param[i] -= adam_change(s, size, m[i], v[i]);
+      param[i] -= adam_change(s, size, m[i], std::max(v[i], s.least * m[i] * m[i]));
     }
     if constexpr (!std::is_void_v<Copy>) {
       Copy* copy = static_cast<Copy*>(tensor.copy) + first;

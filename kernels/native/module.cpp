@@ -182,7 +182,8 @@ using Adam8bitRow = std::array<uintptr_t, 8>;
 
 void adam8bit(const std::vector<Adam8bitRow>& table, const std::vector<float>& sizes,
               const std::array<uintptr_t, 4>& maps, float root, float new1, float keep2, float new2, float eps,
-              const std::string& gradient, const std::string& copy, int threads, const std::string& instruction_set) {
+              float least, const std::string& gradient, const std::string& copy, int threads,
+              const std::string& instruction_set) {
   require_equal(table.size(), sizes.size());
   std::vector<forgedit::Adam8bitTensor> tensors;
   tensors.reserve(table.size());
@@ -197,7 +198,7 @@ void adam8bit(const std::vector<Adam8bitRow>& table, const std::vector<float>& s
   const forgedit::Dtype parsed = parse_dtype(gradient);
   const auto parsed_copy = parse_copy(copy);
   nb::gil_scoped_release release;
-  forgedit::adam8bit(tensors, {root, new1, keep2, new2, eps}, moments, squares, parsed, parsed_copy, threads,
+  forgedit::adam8bit(tensors, {root, new1, keep2, new2, eps, least}, moments, squares, parsed, parsed_copy, threads,
                      instruction_set);
 }
 
@@ -214,8 +215,8 @@ NB_MODULE(_native, m) {
         nb::arg("instruction_set"),
         "One Adam update; table: addresses of param, gradient, moment, square, copy (0 for none), and the count.");
   m.def("adam8bit", &adam8bit, nb::arg("table"), nb::arg("sizes"), nb::arg("maps"), nb::kw_only(), nb::arg("root"),
-        nb::arg("new1"), nb::arg("keep2"), nb::arg("new2"), nb::arg("eps"), nb::arg("gradient"), nb::arg("copy"),
-        nb::arg("threads"), nb::arg("instruction_set"),
+        nb::arg("new1"), nb::arg("keep2"), nb::arg("new2"), nb::arg("eps"), nb::arg("least"), nb::arg("gradient"),
+        nb::arg("copy"), nb::arg("threads"), nb::arg("instruction_set"),
         "The same with 8-bit moments; table: addresses of param, gradient, the codes of moment and square, their "
         "scales, copy, and the count; maps: values and midpoints of the moments' map, then of the squares'.");
   m.def("geglu", &geglu, nb::arg("product"), nb::arg("out"), nb::kw_only(), nb::arg("rows"), nb::arg("features"),

@@ -213,6 +213,22 @@ def test_steps_follow_the_reference(backend: str) -> None:
     assert int(plan.corrections.step) == int(plan.small.corrections.step) == steps
 
 
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_square_lost_to_rounding_throws_no_weight_away(backend: str, bounded: bool) -> None:
+    """A small gradient beside a large one, then none: its square is rounded to 0, its moment is not."""
+    weight, gradient = torch.zeros(4096), torch.full((4096,), 1e-3)
+    gradient[::256] = 10.0
+    plan = Adam8bitPlan([weight], [gradient], lr=RATE, backend=backend, bounded=bounded)
+    plan.run()
+    (moment,), (square,) = ([dequantize(state, signed) for state in states]
+                            for signed, states in ((True, plan.moments), (False, plan.squares)))  # fmt: skip
+    assert square[1] == 0 < moment[1]
+    gradient.zero_()
+    plan.run()
+    assert (weight.abs().max() < 8 * RATE) == bounded
+
+
 @pytest.mark.parametrize("copy", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_gradients_and_copies(backend: str, copy: torch.dtype) -> None:
