@@ -37,6 +37,9 @@ PROFILES["dreambooth"] |= dict(text_encoder_lr=5e-6, loss_threshold=0.0, loss_sc
 # Ways from noise to a picture. 'ddim' is the method's; the others need fewer steps, and are not the reference.
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
 
+# How tuning computes: in float32; in bfloat16 with float32 masters; likewise with 8-bit moments, gradients freed at once.
+TUNE_MODES = ("auto", "exact", "fast", "lean")
+
 BY_PROFILE: Any = None  # a field left at this value takes its profile's preset
 
 _TOKEN = re.compile(r"""\s*(?:([()])|'([^']+)'|"([^"]+)"|([\w.+-]+))""")
@@ -144,6 +147,9 @@ class TuneConfig:
     width, height: pixels, None for the model's own; the area to fill with resize 'fit', the size with 'squash'
     seed: of the posterior draw, the noise and the timesteps
     caption: replaces the captioner's
+    mode: how the engine computes, one of TUNE_MODES; 'auto' follows the editor's numerics, and goes down to what fits.
+        An editor whose numerics are 'reference' takes 'auto' alone
+    memory_bytes: that all may hold on the device, weights included; None for all there is, on a CPU without a limit
     Raises: ValueError naming the field
     Source: Forgedit, arXiv 2309.10556, section 3.2
     """
@@ -163,6 +169,8 @@ class TuneConfig:
     height: int | None = None
     seed: int = 0
     caption: str | None = None
+    mode: str = "auto"
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _choice("profile", self.profile, tuple(PROFILES))
@@ -176,9 +184,10 @@ class TuneConfig:
             _number(field, getattr(self, field), 0.0)
         _number("loss_scale", self.loss_scale)
         _require(self.loss_scale > 0, "loss_scale", self.loss_scale, "a number > 0")
-        for field in ("width", "height"):
+        for field, low in (("width", 32), ("height", 32), ("memory_bytes", 1)):
             if getattr(self, field) is not None:
-                _whole(field, getattr(self, field), 32)
+                _whole(field, getattr(self, field), low)
+        _choice("mode", self.mode, TUNE_MODES)
         unused = "embedding_lr" if self.profile == "dreambooth" else "text_encoder_lr"
         _require(getattr(self, unused) == 0, unused, getattr(self, unused), f"0 in profile {self.profile}")
 

@@ -36,7 +36,7 @@ from forgedit.stages.encode import (
     resize_photo,
 )
 from forgedit.stages.photo import Photo, composite_photo, open_photo
-from forgedit.stages.tune import trainable_names, tune
+from forgedit.stages.tune import trainable_names
 from forgedit.turns import Turns
 from forgedit.weights import Weights
 from forgedit_kernels import available_backends
@@ -50,7 +50,7 @@ class Editor:
     model: the parts, this editor's own modules; between calls the working weights are the originals or one session's
     backend: of forgedit_kernels; an op that does not have the one named chooses for itself
     numerics: what edits compute in. 'exact': our engine in float32; 'fast', 'fast-float16': the same in bfloat16 or
-        float16; 'reference': the method's plain path, slower. Tuning is always the reference's, in float32
+        float16 (tuning in bfloat16); 'reference': the method's plain path, slower
     memory_bytes: what edits may hold on the device, everything loaded included; decides how many are made together.
         None takes what there is, on a CPU a fixed number of edits
     defaults: the settings the model recommends, taken where a call names none
@@ -174,22 +174,9 @@ class Editor:
                 self._restore()
                 embedding = encode_prompt(ids, model.text_encoder)
             with progress.stage("tune") as report:
-                names = self._trained(config.profile)
-                self._weights.make_writable(names)
-                learned = tune(
-                    unet=model.unet,
-                    text_encoder=model.text_encoder,
-                    token_ids=ids,
-                    embedding=embedding,
-                    latents=encoded.latents,
-                    alphas_cumprod=model.alphas_cumprod,
-                    prediction_type=model.prediction_type,
-                    config=config,
-                    generator=generator,
-                    on_step=report,
-                )
-                tuned = self._weights.take(names)
-                if not all(weight.isfinite().all() for weight in (learned.embedding, *tuned.values())):
+                names, path = self._trained(config.profile), self._method_path()
+                learned = path.learn(encoded.latents, embedding, ids, names, config, generator, report)
+                if not all(weight.isfinite().all() for weight in (learned.embedding, *learned.tuned.values())):
                     raise TuneDiverged("the last step left values that are not finite; lower unet_lr or loss_scale")
         for stage, spent in progress.seconds.items():
             self._stats.record(stage, spent)
@@ -199,7 +186,7 @@ class Editor:
             caption=caption,
             config=config,
             embedding=learned.embedding,
-            tuned=tuned,
+            tuned=learned.tuned,
             losses=learned.losses,
             stopped_early=learned.stopped_early,
             seconds=progress.seconds,
@@ -254,7 +241,7 @@ class Editor:
         def make(waiting: Sequence[EditConfig]) -> list[Edit]:
             progress = Progress(on_step, cancel)
             with self._turn(progress):
-                path, stats, numerics = self._editing_path(), self._stats, self.numerics
+                path, stats, numerics = self._method_path(), self._stats, self.numerics
                 batch = waiting[: path.max_edits(shape)]
                 needed = expected_seconds(stats, batch, shape, numerics)
                 check_deadline(deadline_s, needed, time.perf_counter() - start)
@@ -279,7 +266,7 @@ class Editor:
             with self._turn(Progress(None, None)):
                 nothing = encode_prompt(self._prompts.tokens("")[0], self.model.text_encoder)
                 weight = {"unet.conv_in.weight": self._weights.original["unet.conv_in.weight"]}
-                warm_up(self._editing_path(), nothing, weight, shape, config)
+                warm_up(self._method_path(), nothing, weight, shape, config)
 
     def stats(self) -> dict[str, Any]:
         """What this editor has measured so far, for JSON.
@@ -331,7 +318,7 @@ class Editor:
         text = [name for name in self._weights.working if name.startswith("text_encoder.")]
         return [f"unet.{name}" for name in unet] + (text if profile == "dreambooth" else [])
 
-    def _editing_path(self) -> Reference | Resident:
+    def _method_path(self) -> Reference | Resident:
         """Where edits are made; the engine is laid out by the first edit, from the originals."""
         if self._path is None:
             if self.numerics == "reference":

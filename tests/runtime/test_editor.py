@@ -23,6 +23,7 @@ from forgedit import (
     TuneConfig,
     TuneDiverged,
 )
+from forgedit.engine.learner import Learner
 from forgedit.stages.encode import encode_image, resize_photo
 from forgedit.stages.tune import tune
 
@@ -155,13 +156,14 @@ def test_a_loss_that_is_not_finite(editor, photo, originals):
 def test_a_last_step_that_leaves_values_not_finite(editor, photo, originals, monkeypatch, part):
     """The loss is looked at before each step, so it cannot tell of the last one."""
 
-    def overflow(**arguments):
-        learned = tune(**arguments)
-        poisoned = arguments["unet"].get_parameter(learned.tuned_names[-1]) if part == "a weight" else learned.embedding
-        poisoned.data.view(-1)[-1] = float("inf")
+    def overflow(*arguments):
+        learned = learn(*arguments)
+        poisoned = [*learned.tuned.values()][-1] if part == "a weight" else learned.embedding
+        poisoned.view(-1)[-1] = float("inf")
         return learned
 
-    monkeypatch.setattr(forgedit.editor, "tune", overflow)
+    learn = Learner.learn
+    monkeypatch.setattr(Learner, "learn", overflow)
     with pytest.raises(TuneDiverged, match="not finite; lower"):
         editor.tune(photo, TUNE)
 

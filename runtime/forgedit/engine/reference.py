@@ -8,13 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from forgedit.config import EditConfig
+from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.graphs import GraphCache
+from forgedit.engine.learner import Learned
 from forgedit.model import Model
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.forget import forget_weights
 from forgedit.stages.sample import sample_ddim
+from forgedit.stages.tune import tune
 from forgedit.weights import Weights
 
 
@@ -32,6 +34,36 @@ class Reference:
     def max_edits(self, shape: tuple[int, int, int]) -> int:
         """How many edits sample takes together, for latents of `shape`."""
         return 1
+
+    def learn(
+        self,
+        latents: Tensor,
+        embedding: Tensor,
+        token_ids: Tensor,
+        names: Sequence[str],
+        config: TuneConfig,
+        generator: torch.Generator,
+        on_step: Callable[[int, int, float | None], None],
+    ) -> Learned:
+        """As Tuner.learn, on the model's own modules. Raises: ValueError for a mode or a budget of the engine's"""
+        if config.mode != "auto" or config.memory_bytes is not None:
+            raise ValueError("the reference path has no modes and no memory plan; leave mode and memory_bytes out")
+        model, weights = self._model, self._weights
+        self.reset()
+        weights.make_writable(names)
+        learned = tune(
+            unet=model.unet,
+            text_encoder=model.text_encoder,
+            token_ids=token_ids,
+            embedding=embedding,
+            latents=latents,
+            alphas_cumprod=model.alphas_cumprod,
+            prediction_type=model.prediction_type,
+            config=config,
+            generator=generator,
+            on_step=on_step,
+        )
+        return Learned(learned.embedding, weights.take(names), learned.losses, learned.stopped_early)
 
     def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> None:
         """Bring tuned weights, forgotten as the strategy says, into the UNet; nothing if they are there.

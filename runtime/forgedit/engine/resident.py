@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from forgedit.config import EditConfig
+from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.graphs import GraphCache
+from forgedit.engine.learner import Learned
 from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling
 from forgedit.engine.sampler import Sampler, Schedule, ddim_schedule, solver_schedule
+from forgedit.engine.tuner import Tuner
 from forgedit.engine.weights import ResidentWeights
 from forgedit.model import Model
 from forgedit.model.fuse import FusedUNet
@@ -29,7 +31,8 @@ DECODE_TOGETHER = 4  # pictures: the VAE's features are large, and few of them f
 class Resident:
     """Edits on kernels of our own; the model's modules are read, never written.
 
-    model: whose UNet holds the originals while this is built; original: the same weights, prefixed 'unet.'
+    model: whose UNet holds the originals while this is built
+    original: the same weights, prefixed 'unet.', and the text encoder's, prefixed 'text_encoder.'
     numerics: of NUMERICS, but 'reference'; backend: of forgedit_kernels, for every op that has it
     graphs: keeps what is captured
     memory_bytes: that the process may hold on the device; None for all there is, on a CPU for a fixed batch
@@ -48,6 +51,7 @@ class Resident:
         self._unet = FusedUNet(model.unet, self._dtype, backend)
         named = {f"unet.{name}": weight for name, weight in self._unet.weights.items()}
         self._weights = ResidentWeights(named, original, backend)
+        self._tuner = Tuner(model, original, numerics, self._unet, self._weights, backend)
         self.graphs = graphs
         self._sampler = Sampler(self._unet, graphs, backend)
         self._schedules: dict[tuple[str, int], Schedule] = {}
@@ -84,11 +88,25 @@ class Resident:
             decode_batch=DECODE_TOGETHER,
         )
 
+    def learn(
+        self,
+        latents: Tensor,
+        embedding: Tensor,
+        token_ids: Tensor,
+        names: Sequence[str],
+        config: TuneConfig,
+        generator: torch.Generator,
+        on_step: Callable[[int, int, float | None], None],
+    ) -> Learned:
+        """As Tuner.learn says; it writes the weights that edits are sampled on."""
+        return self._tuner.learn(latents, embedding, token_ids, names, config, generator, on_step)
+
     def shrink(self) -> bool:
         """After the device ran out of memory: let go of all buffers, and take half as many edits at once from here on.
 
         Returns: False if it was one at a time already
         """
+        self._tuner.release()
         self._sampler.clear()
         if self._unet.device.type == "cuda":
             torch.cuda.empty_cache()

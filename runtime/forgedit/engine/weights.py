@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -27,6 +27,15 @@ class ResidentWeights:
         # native keeps the layout, which a convolution's weights change: it serves what it can, and 'auto' the rest
         self._backend = "auto" if told == "native" else told
         self._held: dict[str, object] = {}  # (owner, share kept) by name; a name that is absent holds the original
+
+    def restore(self) -> None:
+        """Hold the originals."""
+        self.load(None, {}, "none", 0.0)
+
+    def expect_writes(self, names: Iterable[str]) -> None:
+        """Another is about to write these weights: what they hold is not known until they are loaded again."""
+        self._held.update(dict.fromkeys(names, UNKNOWN))
+        self.version += 1
 
     def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> bool:
         """Hold keep * tuned + (1 - keep) * original where the strategy matches, tuned elsewhere (METHOD section 4).

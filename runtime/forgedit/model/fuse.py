@@ -5,6 +5,7 @@
   the UNet's own names they are views of those matrices, so a merge by name writes what the engine reads.
 - What does not change from step to step is an argument: a prompt's keys and values, the timesteps' projections.
 - Before the first cross-attention the unconditional and the conditional rows are equal, and are computed once.
+- The same pass learns: autograd sees what lies side by side as one tensor, whose gradient is every part's.
 
 The diffusers module given is read, never changed, and no class is.
 """
@@ -14,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from forgedit.errors import ModelError
 from forgedit_kernels import attention, backend_for, group_norm_silu, linear_residual, norm_geglu, norm_linear
@@ -46,12 +49,22 @@ FIRST_TIME_PROJECTION = "down_blocks.0.resnets.0.time_emb_proj"  # of a group, w
 Weights = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that autograd sees as one. parts: the weights in it, each with its rows, by the UNet's names."""
+
+    tensor: Tensor
+    parts: dict[str, slice]
+
+
 class FusedUNet:
-    """The UNet's forward pass over weights of its own; no gradients.
+    """The UNet's forward pass over weights of its own.
 
     unet: a frozen UNet2DConditionModel of Stable Diffusion 1.x or 2.x; its device is taken
     dtype: of weights and features; backend: of forgedit_kernels, for every op that has it
     weights: by the UNet's parameter names, each with that parameter's shape; write to them in place only
+    leaves: what they lie in; none requires a gradient unless the caller says so
+    checkpointing: whether a backward pass computes each layer's inside anew instead of keeping it
     Raises: ModelError for a UNet of another structure
     """
 
@@ -59,8 +72,11 @@ class FusedUNet:
         unexpected = {name: unet.config[name] for name in EXPECTED if unet.config[name] != EXPECTED[name]}
         if unexpected:
             raise ModelError(f"the engine does not know a UNet with {unexpected}; use numerics='reference'")
-        self.dtype, self.device = dtype, unet.conv_in.weight.device
+        self.dtype, self.device, self.checkpointing = dtype, unet.conv_in.weight.device, False
         self.weights, whole = _lay_out(unet, dtype)
+        joined = [Leaf(whole[names[0]], _rows(self.weights, names)) for names in _side_by_side(unet)]
+        alone = self.weights.keys() - {name for leaf in joined for name in leaf.parts}
+        self.leaves = joined + [Leaf(w, {n: slice(None)}) for n, w in self.weights.items() if n in alone]
         self._time_frequencies = unet.time_proj  # sines and cosines, no weights
         self._times = [whole[f"{FIRST_TIME_PROJECTION}.{part}"] for part in ("weight", "bias")]
         build = _Build(self.weights, whole, _Ops.on(backend))
@@ -70,7 +86,6 @@ class FusedUNet:
         self._norm_out = build.norm("conv_norm_out", unet.conv_norm_out)
         self.prompts = build.prompts  # the matrices that make each cross-attention's keys and values, and its heads
 
-    @torch.no_grad()
     def project_timesteps(self, timesteps: Tensor) -> Tensor:
         """All blocks' time projections [S, channels of all blocks] for timesteps [S]."""
         w = self.weights
@@ -82,13 +97,11 @@ class FusedUNet:
         embedding = linear(silu(embedding), w["time_embedding.linear_2.weight"], w["time_embedding.linear_2.bias"])
         return linear(silu(embedding), *self._times)
 
-    @torch.no_grad()
     def project_prompts(self, embeddings: Tensor) -> list[Tensor]:
         """Keys and values [R, T, 2, heads, head dim] of every cross-attention, in order, for embeddings [R, T, D]."""
         embeddings = embeddings.to(self.dtype)
         return [linear(embeddings, weight).unflatten(-1, (2, heads, -1)) for weight, heads in self.prompts]
 
-    @torch.no_grad()
     def __call__(self, latents: Tensor, times: Tensor, prompts: list[Tensor]) -> Tensor:
         """The UNet's answer.
 
@@ -97,8 +110,7 @@ class FusedUNet:
         prompts: of project_prompts, with R = B rows, or R = 2B, unconditional rows first
         Returns: [R, C, h, w], channels-last
         """
-        w, rows = self.weights, prompts[0].shape[0]
-        state = _State(times, iter(prompts), rows)
+        w, state = self.weights, _State(times, prompts, prompts[0].shape[0], self.checkpointing)
         x = conv2d(latents, w["conv_in.weight"], w["conv_in.bias"], padding=1)
         skips = [x]
         for level in self._down:
@@ -111,11 +123,18 @@ class FusedUNet:
 
 @dataclass
 class _State:
-    """What one call hands down: time projections, prompts not yet used, rows after the first cross-attention."""
+    """What one call hands down: time projections, prompts, rows after the first cross-attention."""
 
     times: Tensor
-    prompts: Any
+    prompts: list[Tensor]
     rows: int
+    checkpointing: bool
+
+    def run(self, layer: Callable[[Tensor, _State], Tensor], x: Tensor) -> Tensor:
+        if self.checkpointing:
+            out: Tensor = checkpoint(layer, x, self, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return layer(x, self)
 
     def repeat(self, features: Tensor) -> Tensor:
         """Features computed once for the guidance rows, [B, ...], for each of them, [R, ...]."""
@@ -215,6 +234,7 @@ class _TransformerBlock:
         self.out = [build.affine(f"{name}.{part}.to_out.0") for part in ("attn1", "attn2")]
         self.widen, self.narrow = build.affine(f"{name}.ff.net.0.proj"), build.affine(f"{name}.ff.net.2")
         self.ops = build.ops
+        self.prompt = len(build.prompts)
         build.prompts.append((build.whole[f"{name}.attn2.to_k.weight"], module.attn2.heads))
 
     def __call__(self, tokens: Tensor, state: _State) -> Tensor:
@@ -226,7 +246,7 @@ class _TransformerBlock:
         tokens = state.repeat(tokens)
         weight, bias, eps = self.norms[1]
         query = ops.norm_linear(tokens, weight, bias, self.query, eps=eps).unflatten(-1, heads)
-        key, value = next(state.prompts).unbind(2)
+        key, value = state.prompts[self.prompt].unbind(2)
         tokens = ops.linear_residual(ops.attention(query, key, value).flatten(2), *self.out[1], tokens)
         weight, bias, eps = self.norms[2]
         gated = ops.norm_geglu(tokens, weight, bias, *self.widen, eps=eps)
@@ -243,9 +263,9 @@ class _Level:
 
     def descend(self, x: Tensor, state: _State, skips: list[Tensor]) -> Tensor:
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x, state)
+            x = state.run(resnet, x)
             if self.attentions:
-                x = self.attentions[index](x, state)
+                x = state.run(self.attentions[index], x)
             skips.append(x)
         if self.resample is not None:
             x = conv2d(x, *self.resample, stride=2, padding=1)
@@ -254,16 +274,16 @@ class _Level:
 
     def cross(self, x: Tensor, state: _State) -> Tensor:
         """The middle: a ResNet block, then attention and ResNet block in turn."""
-        x = self.resnets[0](x, state)
+        x = state.run(self.resnets[0], x)
         for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(transformer(x, state), state)
+            x = state.run(resnet, state.run(transformer, x))
         return x
 
     def ascend(self, x: Tensor, state: _State, skips: list[Tensor]) -> Tensor:
         for index, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, state.repeat(skips.pop())], dim=1), state)
+            x = state.run(resnet, torch.cat([x, state.repeat(skips.pop())], dim=1))
             if self.attentions:
-                x = self.attentions[index](x, state)
+                x = state.run(self.attentions[index], x)
         if self.resample is not None:  # to the size of what comes next, which is odd where the photo's size is
             x = conv2d(interpolate(x, size=skips[-1].shape[-2:], mode="nearest"), *self.resample, padding=1)
         return x
@@ -291,6 +311,12 @@ def _side_by_side(unet: Any) -> list[list[str]]:
         modules = getattr(unet, block).named_modules()
         resnets += [f"{block}.{name}.time_emb_proj" for name, module in modules if hasattr(module, "time_emb_proj")]
     return [*groups, *([f"{name}.{part}" for name in resnets] for part in ("weight", "bias"))]
+
+
+def _rows(weights: Weights, names: list[str]) -> dict[str, slice]:
+    """Where weights that lie below one another begin and end."""
+    ends = list(accumulate(len(weights[name]) for name in names))
+    return {name: slice(end - len(weights[name]), end) for name, end in zip(names, ends, strict=True)}
 
 
 def _lay_out(unet: Any, dtype: torch.dtype) -> tuple[Weights, dict[str, Tensor]]:

@@ -62,6 +62,13 @@ def training_target(noise: Tensor, latents: Tensor, signal: Tensor, prediction_t
     raise ValueError(f"unknown prediction_type {prediction_type!r}; expected one of: epsilon, v_prediction")
 
 
+def first_stop(config: TuneConfig) -> int:
+    """The first step, from 0, after whose loss the tune may stop early (METHOD item 8); num_steps if none may."""
+    if config.loss_threshold == 0:
+        return config.num_steps
+    return min(config.min_samples // config.batch_size + 1, config.num_steps)
+
+
 def tune(
     unet: Any,
     text_encoder: Any,
@@ -117,7 +124,7 @@ def tune(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise TuneDiverged(f"the loss became {losses[-1]} at step {step} of {config.num_steps}; lower unet_lr")
-        stopped_early = losses[-1] < config.loss_threshold and step * config.batch_size > config.min_samples
+        stopped_early = losses[-1] < config.loss_threshold and step >= first_stop(config)
         if not stopped_early:
             optimizer.zero_grad(set_to_none=True)
             (loss * config.loss_scale).backward()

@@ -1,0 +1,122 @@
+"""How a photo is learned in the memory there is: a ladder of ways, each with its predicted bytes.
+
+What lies there the whole time follows from the shapes. What a pass of the UNet holds beside it is measured, on this
+device with these kernels, by a pass of one row and one of two: it grows by the same amount with each row.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from forgedit.config import TuneConfig
+from forgedit.engine.plan import show_bytes
+
+MODES = ("exact", "fast", "lean")  # the next one holds less; the one before is the safer
+SMALLEST_PART = 4  # rows of a pass: a smaller one is slower than computing layers' insides twice
+MOMENT_BYTES = {"exact": 8.0, "fast": 8.0, "lean": 2 + 8 / 256}  # of Adam, a parameter
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to learn a photo. micro_batch: rows of one pass; checkpointing: layers' insides are computed twice."""
+
+    mode: str
+    micro_batch: int
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        twice = ", the inside of layers computed twice" if self.checkpointing else ""
+        return f"mode {self.mode}, {self.micro_batch} rows at once{twice}"
+
+
+def ladder(modes: Sequence[str], batch_size: int) -> Iterator[Way]:
+    """All ways of these modes, each slower or coarser than the one before, and in less memory."""
+    parts = [rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0]
+    for mode in modes:
+        for checkpointing in (False, True):
+            for rows in parts:
+                if checkpointing or rows == batch_size or rows >= SMALLEST_PART:
+                    yield Way(mode, rows, checkpointing)
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """What a pass holds at its worst moment, measured: of it the same for any number of rows, and for each row."""
+
+    fixed: int
+    row: int
+
+    @classmethod
+    def measured(cls, run: Callable[[int], None], device: torch.device) -> PassBytes:
+        """run: does a pass of so many rows, at least 1"""
+        run(1)  # what libraries allocate once is no part of it
+        one, two = (peak_during(lambda rows=rows: run(rows), device) for rows in (1, 2))  # type: ignore[misc]
+        return cls(max(2 * one - two, 0), max(two - one, 0))
+
+    def of(self, rows: int) -> int:
+        return self.fixed + rows * self.row
+
+
+def lasting_bytes(way: Way, trained: Sequence[Tensor], config: TuneConfig, latents: int) -> int:
+    """What a learner holds from step to step, beside the UNet it trains.
+
+    trained: the weights, of any dtype; latents: elements of one picture's
+    """
+    count = sum(w.numel() for w in trained)
+    itemsize = 4 if way.mode == "exact" else 2
+    masters = 0 if way.mode == "exact" else 4 * count
+    freed = way.mode == "lean" and way.micro_batch == config.batch_size
+    gradients = 0 if freed else itemsize * count
+    draws = 4 * 3 * config.num_steps * config.batch_size * latents  # noise goes once the noisy latents are there
+    return round(masters + gradients + MOMENT_BYTES[way.mode] * count + draws)
+
+
+def choose_way(ways: Iterator[Way], predict: Callable[[Way], int], budget: int) -> tuple[Way, int]:
+    """The first that fits, and its predicted bytes. Raises: RuntimeError if none does"""
+    least: tuple[int, Way] | None = None
+    for way in ways:
+        needed = predict(way)
+        if needed <= budget:
+            return way, needed
+        if least is None or needed < least[0]:
+            least = needed, way
+    assert least is not None
+    raise RuntimeError(
+        f"learning this photo needs at least {show_bytes(least[0])} ({least[1]}), the budget is {show_bytes(budget)}; "
+        "give more memory, or take a smaller width and height"
+    )
+
+
+def peak_during(work: Callable[[], None], device: torch.device) -> int:
+    """The most bytes of tensors that the work held at once beyond those that were there.
+
+    On a CPU by torch's profiler, as its allocator keeps no count; that takes some ten times as long as the work.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory(prefix="forgedit-") as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_bytes())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most

@@ -1,0 +1,195 @@
+"""Photos learned one after another: the way chosen by numerics and memory, and changed where it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgedit.config import TuneConfig
+from forgedit.engine.learner import DTYPES, Learned, Learner
+from forgedit.engine.plan import device_budget, show_bytes
+from forgedit.engine.tune_plan import MODES, PassBytes, Way, choose_way, ladder, lasting_bytes
+from forgedit.engine.weights import ResidentWeights
+from forgedit.errors import TuneDiverged
+from forgedit.model import Model
+from forgedit.model.fuse import FusedUNet
+
+log = logging.getLogger("forgedit")
+
+OnTuneStep = Callable[[int, int, float | None], None]
+
+
+class Tuner:
+    """Learns photos in buffers that stay; of learners, each for one set of rates and one way, the last is kept.
+
+    original: float32 weights by name, prefixed; numerics: of the editor, whose mode 'auto' follows
+    unet, weights: what edits are sampled on, trained too where a mode computes in its dtype
+    backend: of forgedit_kernels, for every op that has it
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        original: Mapping[str, Tensor],
+        numerics: str,
+        unet: FusedUNet,
+        weights: ResidentWeights,
+        backend: str,
+    ) -> None:
+        self._model, self._original, self._backend = model, original, backend
+        self._mode = "exact" if numerics == "exact" else "fast"
+        self._unets = {unet.dtype: (unet, weights)}
+        self._shared = unet
+        self._learner: tuple[object, Learner] | None = None
+        self._passes: dict[object, PassBytes] = {}
+        self.way: Way | None = None  # of the last photo
+
+    def learn(
+        self,
+        latents: Tensor,
+        embedding: Tensor,
+        token_ids: Tensor,
+        names: Sequence[str],
+        config: TuneConfig,
+        generator: torch.Generator,
+        on_step: OnTuneStep,
+    ) -> Learned:
+        """As Learner.learn, by the way that config.mode and config.memory_bytes, or the device's memory, allow.
+
+        names: of the weights to train. A loss that is not finite has the photo learned once more, in the next safer
+        mode; where memory runs out, the next smaller way goes on. Both are logged, and begin from the first step.
+        Raises: TuneDiverged; RuntimeError if no way fits
+        """
+        ways = self._ways(config)
+        budget = config.memory_bytes or device_budget(latents.device)
+        start, retried = generator.get_state(), False
+        way = ways[0] if budget is None else self._plan(ways, names, config, latents, embedding, budget)
+        while True:
+            generator.set_state(start)
+            try:
+                learner = self._prepare(way, names, config)
+                model = self._model
+                return learner.learn(
+                    latents,
+                    embedding,
+                    token_ids,
+                    model.alphas_cumprod,
+                    model.prediction_type,
+                    config,
+                    generator,
+                    on_step,
+                )
+            except TuneDiverged as error:
+                safer = MODES[max(MODES.index(way.mode) - 1, 0)]
+                if retried or safer == way.mode or config.mode != "auto":
+                    raise
+                log.warning("mode %s diverged (%s); once more in mode %s", way.mode, error, safer)
+                way, retried = Way(safer, way.micro_batch, way.checkpointing), True
+                self.release()
+            except torch.OutOfMemoryError:
+                smaller = ways[ways.index(way) + 1 :] if way in ways else []
+                if not smaller:
+                    raise RuntimeError(
+                        f"learning this photo does not fit into the device's memory ({way}); take a smaller width and "
+                        "height, or a device with more"
+                    ) from None
+                log.warning("the device ran out of memory in %s; going on in %s", way, smaller[0])
+                self.release()
+                way = smaller[0]
+
+    def release(self) -> None:
+        """Let go of everything that only tuning needs."""
+        self._learner = None
+        self._unets = {dtype: pair for dtype, pair in self._unets.items() if pair[0] is self._shared}
+        if self._shared.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _ways(self, config: TuneConfig) -> list[Way]:
+        """The ladder down from the mode asked for; without a budget only its top is looked at."""
+        if config.mode != "auto":
+            return list(ladder([config.mode], config.batch_size))
+        return list(ladder(MODES[MODES.index(self._mode) :], config.batch_size))
+
+    def _plan(
+        self,
+        ways: Sequence[Way],
+        names: Sequence[str],
+        config: TuneConfig,
+        latents: Tensor,
+        embedding: Tensor,
+        budget: int,
+    ) -> Way:
+        self._learner = None  # its memory is there to be planned with
+        trained = [self._original[name] for name in names]
+        modules = (self._model.unet, self._model.vae, self._model.text_encoder, self._model.captioner)
+        parameters = [w for part in modules if part is not None for w in part.parameters()]
+        held = sum(w.nbytes for w in parameters)
+        size = sum(w.numel() for w in self._model.unet.parameters())
+
+        def predict(way: Way) -> int:
+            unets = {self._shared.dtype, DTYPES[way.mode]}
+            laid_out = sum(size * dtype.itemsize for dtype in unets)
+            lasting = lasting_bytes(way, trained, config, latents[0].numel())
+            return held + laid_out + lasting + self._pass_bytes(way, names, latents, embedding).of(way.micro_batch)
+
+        way, needed = choose_way(iter(ways), predict, budget)
+        log.info("tune: %s, %s of %s", way, show_bytes(needed), show_bytes(budget))
+        if config.mode == "auto" and way.mode != self._mode:
+            log.warning("mode %s does not fit into %s; the photo is learned in %s", self._mode, show_bytes(budget), way)
+        return way
+
+    def _pass_bytes(self, way: Way, names: Sequence[str], latents: Tensor, embedding: Tensor) -> PassBytes:
+        """Measured once for each dtype, size and way of checkpointing; gradients of weights are let go at once."""
+        unet, _ = self._unet(DTYPES[way.mode])
+        key = (unet.dtype, way.checkpointing, latents.shape[1:], tuple(names))
+        if key not in self._passes:
+            mine = {name.removeprefix("unet.") for name in names}
+            leaves = [leaf.tensor for leaf in unet.leaves if not leaf.parts.keys().isdisjoint(mine)]
+            source = embedding.detach().clone().requires_grad_()
+
+            def run(rows: int) -> None:
+                noisy = latents.expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
+                times = unet.project_timesteps(torch.zeros(rows, dtype=torch.int64, device=unet.device))
+                prompts = [made.expand(rows, *made.shape[1:]) for made in unet.project_prompts(source)]
+                unet(noisy, times, prompts).float().square().mean().backward()
+
+            hooks = [leaf.requires_grad_().register_post_accumulate_grad_hook(_let_go) for leaf in leaves]
+            unet.checkpointing = way.checkpointing
+            try:
+                self._passes[key] = PassBytes.measured(run, unet.device)
+            finally:
+                unet.checkpointing = False
+                for leaf, hook in zip(leaves, hooks, strict=True):
+                    hook.remove()
+                    leaf.requires_grad_(False)
+        return self._passes[key]
+
+    def _unet(self, dtype: torch.dtype) -> tuple[FusedUNet, ResidentWeights]:
+        if dtype not in self._unets:
+            unet = FusedUNet(self._model.unet, dtype, self._backend)
+            named = {f"unet.{name}": weight for name, weight in unet.weights.items()}
+            self._unets[dtype] = unet, ResidentWeights(named, self._original, self._backend)
+        return self._unets[dtype]
+
+    def _prepare(self, way: Way, names: Sequence[str], config: TuneConfig) -> Learner:
+        """The learner, its UNet holding the originals."""
+        rates = (config.profile, config.batch_size, config.unet_lr, config.embedding_lr, config.text_encoder_lr)
+        key = (way, *rates, config.eps, config.loss_scale)
+        unet, weights = self._unet(DTYPES[way.mode])
+        weights.restore()
+        if self._learner is None or self._learner[0] != key:
+            self._learner = None  # before the next is made: they need not fit side by side
+            text: Any = self._model.text_encoder
+            learner = Learner(unet, self._original, text, names, config, way, backend=self._backend)
+            self._learner = key, learner
+        weights.expect_writes(name for name in names if name.startswith("unet."))
+        self.way = way
+        return self._learner[1]
+
+
+def _let_go(tensor: Tensor) -> None:
+    tensor.grad = None
