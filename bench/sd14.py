@@ -6,6 +6,9 @@ Source: the config.json files of CompVis/stable-diffusion-v1-4 and Salesforce/bl
 """
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -13,6 +16,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, CLIPTextConfi
 
 from forgedit.config import Defaults
 from forgedit.model import Model, load_model
+from forgedit.model.load import BUNDLED
 
 UNET = dict(
     sample_size=64,
@@ -72,3 +76,12 @@ def sd14_model(device: str) -> Model:
         vae_scale=8,
         defaults=Defaults.merged({}),
     )
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write a model of sd14_model as a folder that an editor can load; it has no captioner."""
+    for name in ("unet", "vae", "text_encoder"):
+        getattr(model, name).save_pretrained(folder / name)
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(BUNDLED / name, folder / name)
+    (folder / "forgedit.json").write_text(json.dumps({"resolution": model.resolution}))

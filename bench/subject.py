@@ -93,16 +93,16 @@ class Subject:
         return self.editor.defaults.tune.replace(num_steps=2, batch_size=1, caption="a photo of a blue heart")
 
 
-def bundled(device: str) -> Subject:
-    """The bundled model, and the photo that comes with it."""
-    editor = Editor.from_pretrained("bundled", device=device, numerics="reference")
+def bundled(device: str, numerics: str = "reference") -> Subject:
+    """The bundled model, and the photo that comes with it. numerics: the editor's"""
+    editor = Editor.from_pretrained("bundled", device=device, numerics=numerics)
     return Subject("bundled", editor, Image.open(PHOTO).convert("RGB"))
 
 
-def sd14(device: str) -> Subject:
-    """Stable Diffusion 1.4's size; the photo is the bundled one, enlarged."""
+def sd14(device: str, numerics: str = "reference") -> Subject:
+    """Stable Diffusion 1.4's size; the photo is the bundled one, enlarged. numerics: the editor's"""
     photo = Image.open(PHOTO).convert("RGB").resize((RESOLUTION, RESOLUTION))
-    return Subject("sd14", Editor(sd14_model(device), numerics="reference"), photo)
+    return Subject("sd14", Editor(sd14_model(device), numerics=numerics), photo)
 
 
 def distance(made: Tensor, truth: Tensor) -> float:

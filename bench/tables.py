@@ -4,8 +4,10 @@ stands between their markers, `<!-- table: NAME -->` and `<!-- end of table -->`
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bench.measure import RESULTS, ROOT
 from bench.rows import Rows, in_words, newest_runs, one_edit, origin, read, seconds_of
@@ -137,15 +139,78 @@ def equality_table(results: Path) -> str:
     return "\n".join(blocks) or NOT_MEASURED
 
 
+@dataclass(frozen=True)
+class EditLine:
+    """A line of the edit table. value: of a row of `op`; words: of a value; bar: in its unit, for SD 1.4 on a GPU"""
+
+    label: str
+    op: str
+    value: Callable[[dict[str, Any]], float]
+    words: Callable[[float], str]
+    bar: float
+    at_least: bool = False
+
+
+def _warm(row: dict[str, Any]) -> float:
+    return float(row["p50_s"])
+
+
+def _a_second(row: dict[str, Any]) -> float:
+    return float(row["amount"] / row["p50_s"])
+
+
+EDIT_LINES = (
+    EditLine("one edit, warm", "edit", _warm, in_words, 0.35),
+    EditLine("denoising steps a second", "step", _a_second, "{:.1f}".format, 150, at_least=True),
+    EditLine("pictures a second, four strategies", "sweep", _a_second, "{:.2f}".format, 5, at_least=True),
+    EditLine("another strategy's weights", "strategy", _warm, in_words, 3e-3),
+    EditLine("another photo's weights", "session", _warm, in_words, 5e-3),
+    EditLine("new process to first picture", "first picture", lambda row: float(row["first_s"]), in_words, 20),
+    EditLine("the same, caches warm", "first picture", _warm, in_words, 8),
+    EditLine("peak memory, GB", "edit", lambda row: row["peak_bytes"] / 1e9, "{:.2f}".format, 4.5),
+)
+
+
+def edit_table(results: Path) -> str:
+    """What a user of the engine waits for, a block for each model and machine; bars where the GPU's are asked."""
+    blocks = []
+    for run in newest_runs(read("edit", results), "model", "device"):
+        found = {(row["op"], row["backend"]): row for row in run}
+        backends = list(dict.fromkeys(f"{row['backend']}" for row in run))
+        asked = run[-1]["model"] == "sd14" and run[-1]["driver"] is not None
+        lines = []
+        for line in EDIT_LINES:
+            rows = [found.get((line.op, backend)) for backend in backends]
+            values = [None if row is None else line.value(row) for row in rows]
+            cells = [line.label, *("" if value is None else line.words(value) for value in values)]
+            if asked:
+                cells.append(_asked(line, rows[-1], values[-1]))
+            lines.append(cells)
+        pictures = ", ".join(f"{row['amount']} by {row['backend']}" for row in run if row["op"] == "sweep")
+        heads = [f"{run[-1]['model']}, {run[-1]['size']} pixels", *backends, *["asked of the last"] * asked]
+        blocks.append(_table(heads, lines) + f"\nPictures of the sweep: {pictures}. {origin(run)}.\n")
+    return "\n".join(blocks) or NOT_MEASURED
+
+
+def _asked(line: EditLine, row: dict[str, Any] | None, value: float | None) -> str:
+    """The bar, and whether it is met: by the value, and with no graph captured."""
+    bar = f"at {'least' if line.at_least else 'most'} {line.words(line.bar)}"
+    if row is None or value is None:
+        return bar
+    met = (value >= line.bar if line.at_least else value <= line.bar) and not row["captured"]
+    return f"{bar}: {'met' if met else '**missed**'}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "denoise": denoise_table,
+    "edit": edit_table,
     "equality": equality_table,
     "sessions": sessions_table,
     "stages": stages_table,
     "world": world_table,
 }
 FILES = {
-    ROOT / "README.md": ("stages", "sessions", "denoise", "equality"),
+    ROOT / "README.md": ("stages", "sessions", "denoise", "edit", "equality"),
     ROOT / "runtime/forgedit/model/bundled/README.md": ("world",),
 }
 
