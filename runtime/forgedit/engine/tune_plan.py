@@ -66,10 +66,11 @@ class PassBytes:
         return self.fixed + rows * self.row
 
 
-def lasting_bytes(way: Way, trained: Sequence[Tensor], config: TuneConfig, latents: int) -> int:
-    """What a learner holds from step to step, beside the UNet it trains.
+def predicted_bytes(way: Way, trained: Sequence[Tensor], config: TuneConfig, latents: int, passing: PassBytes) -> int:
+    """What a learner holds at its worst moment, beside the UNet it trains.
 
     trained: the weights, of any dtype; latents: elements of one picture's
+    passing: measured in the way's dtype, with or without its checkpointing, gradients of weights let go at once
     """
     count = sum(w.numel() for w in trained)
     itemsize = 4 if way.mode == "exact" else 2
@@ -77,7 +78,9 @@ def lasting_bytes(way: Way, trained: Sequence[Tensor], config: TuneConfig, laten
     freed = way.mode == "lean" and way.micro_batch == config.batch_size
     gradients = 0 if freed else itemsize * count
     draws = 4 * 3 * config.num_steps * config.batch_size * latents  # noise goes once the noisy latents are there
-    return round(masters + gradients + MOMENT_BYTES[way.mode] * count + draws)
+    lasting = masters + gradients + MOMENT_BYTES[way.mode] * count + draws
+    learned = 4 * count  # the caller's own, copied when the last pass is over
+    return round(lasting + max(passing.of(way.micro_batch), learned))
 
 
 def choose_way(ways: Iterator[Way], predict: Callable[[Way], int], budget: int) -> tuple[Way, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from forgedit.config import TuneConfig
 from forgedit.engine.learner import DTYPES, Learned, Learner
 from forgedit.engine.plan import device_budget, show_bytes
-from forgedit.engine.tune_plan import MODES, PassBytes, Way, choose_way, ladder, lasting_bytes
+from forgedit.engine.tune_plan import MODES, PassBytes, Way, choose_way, ladder, predicted_bytes
 from forgedit.engine.weights import ResidentWeights
 from forgedit.errors import TuneDiverged
 from forgedit.model import Model
@@ -133,8 +133,8 @@ class Tuner:
         def predict(way: Way) -> int:
             unets = {self._shared.dtype, DTYPES[way.mode]}
             laid_out = sum(size * dtype.itemsize for dtype in unets)
-            lasting = lasting_bytes(way, trained, config, latents[0].numel())
-            return held + laid_out + lasting + self._pass_bytes(way, names, latents, embedding).of(way.micro_batch)
+            passing = self._pass_bytes(way, names, latents, embedding)
+            return held + laid_out + predicted_bytes(way, trained, config, latents[0].numel(), passing)
 
         way, needed = choose_way(iter(ways), predict, budget)
         log.info("tune: %s, %s of %s", way, show_bytes(needed), show_bytes(budget))

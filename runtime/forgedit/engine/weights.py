@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from forgedit.stages.forget import forgotten_names
-from forgedit_kernels import backend_for, merge_weights
+from forgedit_kernels import MergePlan, backend_for
 
+MOST_PLANS = 8  # kept of one session: from strategy to strategy and back, between a few of them
 UNKNOWN = object()  # what a weight holds while it is written; equal to nothing
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A merge listed before. names: in the plan's order; addresses: of its tuned tensors' storage then"""
+
+    names: Sequence[str]
+    plan: MergePlan
+    addresses: Sequence[int]
+
+    def is_of(self, tuned: Mapping[str, Tensor]) -> bool:
+        """Whether it would still merge these tensors: the same ones, where they were."""
+        listed = zip(self.names, self.plan.tuned, self.addresses, strict=True)
+        return all(tuned[name] is weight and weight.data_ptr() == address for name, weight, address in listed)
 
 
 class ResidentWeights:
@@ -26,6 +43,8 @@ class ResidentWeights:
         told = backend_for("merge_weights", backend)
         # native keeps the layout, which a convolution's weights change: it serves what it can, and 'auto' the rest
         self._backend = "auto" if told == "native" else told
+        # by session (or by this, for what restores originals), as a plan holds its tensors, which end with the session
+        self._plans: weakref.WeakKeyDictionary[object, dict[frozenset[str], _Kept]] = weakref.WeakKeyDictionary()
         self._held: dict[str, object] = {}  # (owner, share kept) by name; a name that is absent holds the original
 
     def restore(self) -> None:
@@ -40,7 +59,8 @@ class ResidentWeights:
     def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> bool:
         """Hold keep * tuned + (1 - keep) * original where the strategy matches, tuned elsewhere (METHOD section 4).
 
-        owner: whose weights these are; equal for equal weights, such as a weak reference to their session
+        owner: whose weights these are; equal for equal weights, such as a weak reference to their session, with which
+            the merge is kept for the next time
         tuned: tuned weights by name, a subset of the UNet's; the others are the originals
         Returns: whether anything had to be written. If it raises, what was not finished is written anew next time
         Raises: ValueError for an unknown strategy, or one that matches no tuned weight
@@ -56,13 +76,21 @@ class ResidentWeights:
         for name in stale:
             groups.setdefault(shares.get(name, 0.0), []).append(name)
         for share, names in groups.items():
-            original = [self._original[name] for name in names]
-            merge_weights(
-                original=original,
-                tuned=[tuned[name] for name in names] if share else original,
-                keep=share,
-                out=[self._resident[name] for name in names],
-                backend=self._backend,
-            )
+            of = self if share == 0 else owner() if isinstance(owner, weakref.ref) else None
+            self._plan(of, names, tuned if share else self._original).run(share)
         self._held = wanted
         return True
+
+    def _plan(self, of: object | None, names: Sequence[str], tuned: Mapping[str, Tensor]) -> MergePlan:
+        """The merge of these weights, the one listed before if it is still true. of: with what it is kept, if at all."""
+        plans = {} if of is None else self._plans.setdefault(of, {})
+        key = frozenset(names)
+        kept = plans.pop(key, None)
+        if kept is None or not kept.is_of(tuned):
+            sides = ([side[name] for name in names] for side in (self._original, tuned, self._resident))
+            plan = MergePlan(*sides, backend=self._backend)
+            kept = _Kept(names, plan, [weight.data_ptr() for weight in plan.tuned])
+        if len(plans) == MOST_PLANS:
+            del plans[next(iter(plans))]  # the one not used longest
+        plans[key] = kept
+        return kept.plan
