@@ -8,18 +8,24 @@ Sources: Ba et al. 2016, arXiv 1607.06450 (LayerNorm); Shazeer 2020, arXiv 2002.
 Least work for M rows of K and N columns: read x and W and write y, MK + NK + MN elements, MN more for a residual;
 2 MNK operations. GEGLU's W has 2F rows and its y F columns: what lies between, [M, 2F], stays in registers.
 On the CPU the products are torch's, near the processor's peak; the gate is native, one pass over [M, 2F].
+
+Gradients flow through every backend, where an input asks for them; those of triton (projection_backward.py) and of the
+native gate are of first order, and equal in every bit from run to run.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from forgedit_kernels import table
 from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
+from forgedit_kernels.projection_backward import Projection
 from forgedit_kernels.projection_triton import DTYPES, LONGEST_ROW, projection_triton, shape_key
 
 
@@ -43,25 +49,42 @@ def norm_geglu_reference(
     return value * F.gelu(gate)
 
 
-def _norm_geglu_native(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> Tensor:
-    """The gate in C++, with torch's number of threads."""
+def _gate_native(product: Tensor) -> Tensor:
+    """value * gelu(gate) of a contiguous [..., 2F] in C++, with torch's number of threads."""
+    y = product.new_empty((*product.shape[:-1], product.shape[-1] // 2))
+    _native("geglu", product, y)
+    return y
+
+
+class _NativeGate(torch.autograd.Function):
+    """_gate_native, and its gradient, in one pass where plain torch takes four."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor) -> Tensor:
+        ctx.save_for_backward(product)
+        return _gate_native(product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (product,) = ctx.saved_tensors
+        dproduct = torch.empty_like(product)
+        _native("geglu_backward", product, dy.contiguous(), dproduct)
+        return dproduct
+
+
+def _native(function: str, product: Tensor, *others: Tensor) -> None:
     native = native_module()
     assert native is not None, "dispatch chose an absent module"
-    product = norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps).contiguous()
-    features = weight.shape[0] // 2
-    y = product.new_empty((*x.shape[:-1], features))
-    native.geglu(
+    getattr(native, function)(
         product.data_ptr(),
-        y.data_ptr(),
-        rows=math.prod(x.shape[:-1]),
-        features=features,
-        dtype=str(x.dtype).removeprefix("torch."),
+        *(tensor.data_ptr() for tensor in others),
+        rows=math.prod(product.shape[:-1]),
+        features=product.shape[-1] // 2,
+        dtype=str(product.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         instruction_set=native.instruction_sets()[-1],
     )
-    return y
 
 
 def _check(
@@ -93,28 +116,29 @@ def _check(
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
 
 
-def _wants_gradients(*tensors: Tensor | None) -> str | None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
-    return None
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _native_obstacle(x: Tensor, *others: Tensor | None) -> str | None:
-    return _wants_gradients(x, *others) or native_obstacle(x.device, x.dtype, (torch.float32, torch.bfloat16))
+def _choose(op: str, backend: str, x: Tensor, weight: Tensor, with_grad: bool, native: bool = False) -> str:
+    """The backend. With nothing to compute the reference, which gives zeros for the gradients."""
+    obstacles = {"triton": lambda: _triton_obstacle(op, x)}
+    if native:
+        obstacles["native"] = lambda: native_obstacle(x.device, x.dtype, (torch.float32, torch.bfloat16))
+    chosen = choose(op, backend, obstacles, _preferred(op, x, weight, with_grad))
+    return chosen if x.numel() and weight.shape[0] else "reference"
 
 
-def _triton_obstacle(op: str, x: Tensor, *others: Tensor | None) -> str | None:
-    if (gradients := _wants_gradients(x, *others)) is not None:
-        return gradients
+def _triton_obstacle(op: str, x: Tensor) -> str | None:
     if op != "linear_residual" and x.shape[-1] > LONGEST_ROW:
         return f"got rows of {x.shape[-1]}, it normalises at most {LONGEST_ROW}"
     return triton_obstacle(x.device, x.dtype, tuple(DTYPES))
 
 
-def _preferred(op: str, x: Tensor, weight: Tensor) -> str | None:
+def _preferred(op: str, x: Tensor, weight: Tensor, with_grad: bool) -> str | None:
     """What was measured; else in float32 on CUDA the reference, whose products are cuBLAS's."""
     unmeasured = "reference" if x.is_cuda and x.dtype == torch.float32 else None
-    return table.preferred(op, x.device, lambda: shape_key(x, weight)) or unmeasured
+    return table.preferred(op, x.device, lambda: shape_key(x, weight) + " grad" * with_grad) or unmeasured
 
 
 def norm_linear(
@@ -137,10 +161,12 @@ def norm_linear(
     """
     op = "norm_linear"
     _check(x, weight, bias, norm_weight, norm_bias)
-    obstacles = {"triton": lambda: _triton_obstacle(op, x, weight, bias, norm_weight, norm_bias)}
-    if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
-        return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))
-    return norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
+    with_grad = _wants_gradients(x, norm_weight, norm_bias, weight, bias)
+    if _choose(op, backend, x, weight, with_grad) == "reference":
+        return norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
+    if with_grad:
+        return Projection.apply(op, eps, x, norm_weight, norm_bias, weight, bias, None)
+    return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))[0]
 
 
 def linear_residual(
@@ -154,10 +180,12 @@ def linear_residual(
     """
     op = "linear_residual"
     _check(x, weight, bias, residual=residual)
-    obstacles = {"triton": lambda: _triton_obstacle(op, x, weight, bias, residual)}
-    if choose(op, backend, obstacles, _preferred(op, x, weight)) == "triton":
-        return projection_triton(op, x, weight, bias, residual=residual)
-    return linear_residual_reference(x, weight, bias, residual)
+    with_grad = _wants_gradients(x, weight, bias, residual)
+    if _choose(op, backend, x, weight, with_grad) == "reference":
+        return linear_residual_reference(x, weight, bias, residual)
+    if with_grad:
+        return Projection.apply(op, 0.0, x, None, None, weight, bias, residual)
+    return projection_triton(op, x, weight, bias, residual=residual)[0]
 
 
 def norm_geglu(
@@ -180,14 +208,13 @@ def norm_geglu(
     _check(x, weight, bias, norm_weight, norm_bias)
     if weight.shape[0] % 2:
         raise ValueError(f"weight must have an even number of rows, values and then gates, got {weight.shape[0]}")
-    others = weight, bias, norm_weight, norm_bias
-    obstacles = {
-        "triton": lambda: _triton_obstacle(op, x, *others),
-        "native": lambda: _native_obstacle(x, *others),
-    }
-    chosen = choose(op, backend, obstacles, _preferred(op, x, weight))
-    if chosen == "triton":
-        return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))
+    with_grad = _wants_gradients(x, norm_weight, norm_bias, weight, bias)
+    chosen = _choose(op, backend, x, weight, with_grad, native=True)
+    if chosen == "reference":
+        return norm_geglu_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
     if chosen == "native":
-        return _norm_geglu_native(x, norm_weight, norm_bias, weight, bias, eps)
-    return norm_geglu_reference(x, norm_weight, norm_bias, weight, bias, eps=eps)
+        product = norm_linear_reference(x, norm_weight, norm_bias, weight, bias, eps=eps).contiguous()
+        return _NativeGate.apply(product) if with_grad else _gate_native(product)
+    if with_grad:
+        return Projection.apply(op, eps, x, norm_weight, norm_bias, weight, bias, None)
+    return projection_triton(op, x, weight, bias, (norm_weight, norm_bias, eps))[0]

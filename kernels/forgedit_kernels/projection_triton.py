@@ -48,12 +48,15 @@ def _row_statistics_fwd_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _projection_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
+    x_ptr, mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, product_ptr,
     rows, columns, K, x_stride, weight_stride, residual_stride,
     GATE: tl.constexpr, INTERPRET: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M rows and BLOCK_N columns of y. Absent pointers are None and cost nothing."""
+    """One program: BLOCK_M rows and BLOCK_N columns of y. Absent pointers are None and cost nothing.
+
+    product_ptr: [rows, 2 * columns], written: what the gate was made of, for its gradient
+    """
     programs = GROUP * tl.cdiv(columns, BLOCK_N)  # of a group
     first = tl.program_id(0) // programs * GROUP
     height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
@@ -91,13 +94,20 @@ def _projection_fwd_kernel(  # type: ignore[no-untyped-def]
                 w = w.to(tl.float32)
             gate = tl.dot(x, w, gate, input_precision="ieee")
 
+    mask = row_mask[:, None] & column_mask[None, :]
+    if GATE:  # the gate before the values, and 32-bit offsets within the tile: else registers spill on sm_90 or sm_100
+        if bias_ptr is not None:
+            gate += tl.load(bias_ptr + columns + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if product_ptr is not None:
+            product_ptr += (first + within % height).to(tl.int64) * (BLOCK_M * 2) * columns
+            product_offsets = tl.arange(0, BLOCK_M)[:, None] * (2 * columns) + n[None, :]
+            tl.store(product_ptr + columns + product_offsets, gate.to(product_ptr.dtype.element_ty), mask=mask)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if GATE:
-        if bias_ptr is not None:
-            gate += tl.load(bias_ptr + columns + n, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if product_ptr is not None:
+            tl.store(product_ptr + product_offsets, acc.to(product_ptr.dtype.element_ty), mask=mask)
         acc *= 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    mask = row_mask[:, None] & column_mask[None, :]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + m_long[:, None] * residual_stride + n[None, :], mask=mask, other=0.0)
         acc += residual.to(tl.float32)
@@ -149,10 +159,10 @@ def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """[..., C] as [rows, C], stride 1 along C: a view where the leading axes collapse into one, else a copy."""
-    matrix = x.reshape(-1, x.shape[-1])
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -172,30 +182,35 @@ def projection_triton(
     norm: tuple[Tensor, Tensor, float] | None = None,
     residual: Tensor | None = None,
     blocks: dict[str, int] | None = None,
-) -> Tensor:
-    """Any of the three ops. norm: weight, bias, eps; blocks: taken over the table's, and those over _blocks's."""
+    with_product: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Any of the three ops, with at least one row and column.
+
+    norm: weight, bias, eps; blocks: taken over the table's, and those over _blocks's
+    Returns: y; a norm's mean and rstd, float32 [rows]; norm_geglu's product [rows, 2F], in x's dtype, if asked for
+    """
     gate = op == "norm_geglu"
     columns = weight.shape[0] // 2 if gate else weight.shape[0]
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-    if not y.numel():
-        return y
     measured = table.blocks(op, x.device, shape_key(x, weight))
-    x, weight = _matrix(x), _matrix(weight)
+    x, weight = matrix(x), matrix(weight)
     rows, k = x.shape
     launch = _blocks(op, rows, weight.shape[0], x.dtype, _chip(x.device)) | (measured or {}) | (blocks or {})
-    mean = rstd = norm_weight = norm_bias = None
+    statistics = norm_weight = norm_bias = product = None
+    if gate and with_product:
+        product = torch.empty((rows, 2 * columns), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         if norm is not None:
             norm_weight, norm_bias = norm[0].contiguous(), norm[1].contiguous()
-            mean, rstd = _row_statistics(x, norm[2])
+            statistics = _row_statistics(x, norm[2])
         bias = None if bias is None else bias.contiguous()
-        residual = None if residual is None else _matrix(residual)
+        residual = None if residual is None else matrix(residual)
         _projection_fwd_kernel[(-(-rows // launch["BLOCK_M"]) * -(-columns // launch["BLOCK_N"]),)](
-            x, mean, rstd, norm_weight, norm_bias, weight, bias, residual, y,
+            x, *(statistics or (None, None)), norm_weight, norm_bias, weight, bias, residual, y, product,
             rows, columns, k, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
             GATE=gate, INTERPRET=interpreted(), GROUP=_GROUP, **launch,
         )  # fmt: skip
-    return y
+    return y, statistics, product
 
 
 def shape_key(x: Tensor, weight: Tensor) -> str:
@@ -213,6 +228,7 @@ def variants() -> list[Variant]:
         for op in ("norm_linear", "linear_residual", "norm_geglu"):
             tiles = _tiles(op, dtype, (9, 0))
             found += [_variant(op, tile, dtype, short) for tile in (tiles if half else tiles[-1:])]
+        found += [_variant("norm_geglu", tile, dtype, short, training=True) for tile in (tiles if half else tiles[-1:])]
     return found
 
 
@@ -225,16 +241,17 @@ def _statistics_variant(k: int, dtype: torch.dtype, short: str) -> Variant:
     return Variant(name, _row_statistics_fwd_kernel, signature, sizes, warps, aligned=("K", "x_stride"))
 
 
-def _variant(op: str, tile: tuple[int, int], dtype: torch.dtype, short: str) -> Variant:
+def _variant(op: str, tile: tuple[int, int], dtype: torch.dtype, short: str, training: bool = False) -> Variant:
     norm = dict.fromkeys(("mean_ptr", "rstd_ptr"), "*fp32")
     norm |= dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr"), f"*{short}")
-    residual = {"residual_ptr": f"*{short}"}
+    residual, product = {"residual_ptr": f"*{short}"}, {"product_ptr": f"*{short}"}
     there, absent = (residual, norm) if op == "linear_residual" else (norm, residual)
+    there, absent = (there | product, absent) if training else (there, absent | product)
     aligned = ("columns", "K", "x_stride", "weight_stride", "residual_stride")
     launch = _configuration(tile, dtype, op == "norm_geglu")
     flags = {"GATE": op == "norm_geglu", "INTERPRET": False, "GROUP": _GROUP}
     return Variant(
-        name=f"{op} {tile[0]}x{tile[1]} {str(dtype)[6:]}",
+        name=f"{op} {tile[0]}x{tile[1]} {str(dtype)[6:]}{' training' * training}",
         kernel=_projection_fwd_kernel,
         signature=there
         | dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "y_ptr"), f"*{short}")

@@ -10,59 +10,31 @@ from torch.nn import functional as F
 
 from forgedit_kernels import projection_triton, table
 from forgedit_kernels.jit import Variant, interpreted, triton_installed
-from forgedit_kernels.projection import (
-    linear_residual,
-    linear_residual_reference,
-    norm_geglu,
-    norm_geglu_reference,
-    norm_linear,
-    norm_linear_reference,
+from forgedit_kernels.projection import norm_geglu, norm_linear, norm_linear_reference
+from tests.kernels.projections import (
+    COPIED,
+    DTYPES,
+    FLOORS,
+    IN_PLACE,
+    OPS,
+    REAL,
+    Inputs,
+    amid_nan,
+    largest_error,
+    make_inputs,
+    on_cuda,
+    poison_new_memory,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Relative to the largest truth. float32: four roundings of half a unit in the last place; 16-bit types: the last one.
-FLOORS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-OPS = {
-    "norm_linear": (norm_linear, norm_linear_reference),
-    "linear_residual": (linear_residual, linear_residual_reference),
-    "norm_geglu": (norm_geglu, norm_geglu_reference),
-}
 # Tokens, K, columns of the result, in the interpreter: one, primes, ragged against every block, and real sizes.
 CASES = [(1, 8, 8), (77, 320, 96), (257, 96, 130), (64, 37, 61)]
 needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
 
-Inputs = dict[str, Tensor]
-
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN, so that what a kernel leaves out shows."""
-    new = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: new(*args, **kwargs).fill_(float("nan")))
-
-
-def _inputs(
-    op: str, tokens: int, k: int, columns: int, dtype: torch.dtype, mean: float = 0.0, spread: float = 1.0
-) -> Inputs:
-    """By the op's argument names. mean, spread: of the values of x."""
-    generator = torch.Generator().manual_seed(0)
-    n = 2 * columns if op == "norm_geglu" else columns
-    inputs = {"x": mean + spread * torch.randn(tokens, k, generator=generator)}
-    if op != "linear_residual":
-        inputs["norm_weight"] = 1 + 0.3 * torch.randn(k, generator=generator)
-        inputs["norm_bias"] = 0.3 * torch.randn(k, generator=generator)
-    inputs["weight"] = k**-0.5 * torch.randn(n, k, generator=generator)
-    inputs["bias"] = torch.randn(n, generator=generator)
-    if op == "linear_residual":
-        inputs["residual"] = torch.randn(tokens, n, generator=generator)
-    return {name: tensor.to(dtype) for name, tensor in inputs.items()}
-
-
-def _error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
+    poison_new_memory(monkeypatch)
 
 
 def _check(op: str, got: Tensor, inputs: Inputs, eps: float = 1e-5) -> bool:
@@ -74,7 +46,11 @@ def _check(op: str, got: Tensor, inputs: Inputs, eps: float = 1e-5) -> bool:
     floor = FLOORS[got.dtype] * float(truth.abs().max())
     if interpreted() and not got.is_cuda and got.dtype == torch.bfloat16:
         floor *= 2  # it truncates to bfloat16, which may cost a whole unit
-    return got.shape == own.shape and got.dtype == own.dtype and _error(got, truth) <= 2 * _error(own, truth) + floor
+    return (
+        got.shape == own.shape
+        and got.dtype == own.dtype
+        and largest_error(got, truth) <= 2 * largest_error(own, truth) + floor
+    )
 
 
 @needs_interpreter
@@ -83,7 +59,7 @@ def _check(op: str, got: Tensor, inputs: Inputs, eps: float = 1e-5) -> bool:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_triton_is_within_the_error_rule(op: str, case: tuple[int, int, int], dtype: torch.dtype, mean: int) -> None:
-    inputs = _inputs(op, *case, dtype, mean, spread=0.1 if mean else 1.0)
+    inputs = make_inputs(op, *case, dtype, mean, spread=0.1 if mean else 1.0)
     assert _check(op, OPS[op][0](**inputs, backend="triton"), inputs)
 
 
@@ -92,25 +68,25 @@ def test_triton_is_within_the_error_rule(op: str, case: tuple[int, int, int], dt
 def test_programs_share_out_every_tile(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # 11 blocks of rows, which is a group and part of another, 3 of columns, 3 steps; and the table's blocks are taken
     monkeypatch.setattr(table, "blocks", lambda *_: {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16})
-    inputs = _inputs(op, 170, 40, 41, torch.float32)
+    inputs = make_inputs(op, 170, 40, 41, torch.float32)
     assert _check(op, OPS[op][0](**inputs, backend="triton"), inputs)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("k", [1, 96, 1280])
 def test_statistics_are_exact_to_float32(k: int) -> None:
-    x = _inputs("norm_linear", 77, k, 1, torch.float32, mean=30, spread=0.01)["x"]
+    x = make_inputs("norm_linear", 77, k, 1, torch.float32, mean=30, spread=0.01)["x"]
     variance, mean = torch.var_mean(x.double(), dim=-1, correction=0)
     got_mean, got_rstd = projection_triton._row_statistics(x, 1e-5)
-    assert _error(got_mean, mean) <= 1.01 * 2.0**-20  # half a unit in the last place
-    assert _error(got_rstd * (variance + 1e-5).sqrt(), torch.ones_like(variance)) <= 2.0**-21
+    assert largest_error(got_mean, mean) <= 1.01 * 2.0**-20  # half a unit in the last place
+    assert largest_error(got_rstd * (variance + 1e-5).sqrt(), torch.ones_like(variance)) <= 2.0**-21
 
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_extreme_values(op: str, dtype: torch.dtype) -> None:
-    inputs = _inputs(op, 19, 72, 24, dtype)
+    inputs = make_inputs(op, 19, 72, 24, dtype)
     if op == "linear_residual":
         inputs["residual"] *= 10_000
     else:
@@ -126,80 +102,52 @@ def test_extreme_values(op: str, dtype: torch.dtype) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("op", ["norm_linear", "linear_residual"])
 def test_no_bias(op: str) -> None:
-    inputs = _inputs(op, 9, 24, 16, torch.float32)
+    inputs = make_inputs(op, 9, 24, 16, torch.float32)
     without = OPS[op][0](**inputs | {"bias": None}, backend="triton")
     assert torch.equal(without, OPS[op][0](**inputs | {"bias": torch.zeros(16)}, backend="triton"))
-
-
-def _amid_nan(matrix: Tensor, right: int) -> Tensor:
-    """Whatever is read past the last column or row is NaN."""
-    wide = torch.full(
-        (matrix.shape[0] + 130, matrix.shape[1] + right), float("nan"), dtype=matrix.dtype, device=matrix.device
-    )
-    return wide[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
-
-
-def _channels_last(matrix: Tensor) -> Tensor:
-    """[2, 3, 5, C], the tokens of a channels-last [2, C, 3, 5]."""
-    return (
-        matrix.view(2, 3, 5, -1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    )
-
-
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "part-of-a-fused-matrix": lambda x: torch.stack([x, x * 0, x + 1], dim=1).view(2, 15, 3, -1)[:, :, 0],
-    "channels-last": _channels_last,
-    "aligned-amid-nan": lambda x: _amid_nan(x, right=16),
-    "unaligned-amid-nan": lambda x: _amid_nan(x, right=3),
-}
-COPIED: dict[str, Callable[[Tensor], Tensor]] = {
-    "channels-first": lambda x: _channels_last(x).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
-    "columns": lambda x: x.T.contiguous().T,
-    "no-one-stride": lambda x: _amid_nan(x, right=16).view(2, 15, -1).transpose(0, 1).contiguous().transpose(0, 1),
-}
 
 
 @needs_interpreter
 @pytest.mark.parametrize("layout", [*IN_PLACE, *COPIED])
 @pytest.mark.parametrize("op", OPS)
 def test_layouts(op: str, layout: str) -> None:
-    inputs = _inputs(op, 30, 48, 24, torch.float32)
+    inputs = make_inputs(op, 30, 48, 24, torch.float32)
     expected = OPS[op][0](**inputs, backend="triton")
     lay_out = (IN_PLACE | COPIED)[layout]
     other = inputs | {name: lay_out(inputs[name]) for name in ("x", "residual") if name in inputs}
     got = OPS[op][0](**other, backend="triton")
     assert got.is_contiguous() and got.shape == (*other["x"].shape[:-1], 24)
     assert torch.equal(got.view(30, 24), expected)
-    in_place = projection_triton._matrix(other["x"]).data_ptr() == other["x"].data_ptr()
+    in_place = projection_triton.matrix(other["x"]).data_ptr() == other["x"].data_ptr()
     assert in_place == (layout in IN_PLACE)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("op", OPS)
 def test_layouts_of_weights(op: str) -> None:
-    inputs = _inputs(op, 5, 48, 24, torch.float32)
+    inputs = make_inputs(op, 5, 48, 24, torch.float32)
     expected = OPS[op][0](**inputs, backend="triton")
     vectors = {name: x.repeat_interleave(2)[::2] for name, x in inputs.items() if x.dim() == 1}
-    for weight in (_amid_nan(inputs["weight"], right=16), inputs["weight"].T.contiguous().T):
+    for weight in (amid_nan(inputs["weight"], right=16), inputs["weight"].T.contiguous().T):
         assert torch.equal(OPS[op][0](**inputs | vectors | {"weight": weight}, backend="triton"), expected)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("op", OPS)
 def test_one_row_without_leading_axes_and_none_at_all(op: str) -> None:
-    inputs = _inputs(op, 1, 24, 16, torch.float32)
+    inputs = make_inputs(op, 1, 24, 16, torch.float32)
     expected = OPS[op][0](**inputs, backend="triton")
     row = {name: x[0] if name in ("x", "residual") else x for name, x in inputs.items()}
     assert torch.equal(OPS[op][0](**row, backend="triton"), expected[0])
     none = {name: x[:0].expand(2, 0, -1) if name in ("x", "residual") else x for name, x in inputs.items()}
     for backend in ("triton", "reference"):
         assert OPS[op][0](**none, backend=backend).shape == (2, 0, 16)
-        assert OPS[op][0](**_inputs(op, 5, 24, 0, torch.float32), backend=backend).shape == (5, 0)
+        assert OPS[op][0](**make_inputs(op, 5, 24, 0, torch.float32), backend=backend).shape == (5, 0)
 
 
 @needs_interpreter
 def test_a_row_is_the_same_among_any_others() -> None:
-    inputs = _inputs("norm_geglu", 100, 72, 40, torch.bfloat16)
+    inputs = make_inputs("norm_geglu", 100, 72, 40, torch.bfloat16)
     together = norm_geglu(**inputs, backend="triton")
     for row in (99, 0, 50):
         alone = norm_geglu(**inputs | {"x": inputs["x"][row : row + 1]}, backend="triton")
@@ -250,7 +198,7 @@ def _in_bfloat16(inputs: Inputs, eps: float) -> Tensor:
 )
 @pytest.mark.parametrize("op", ["norm_linear", "norm_geglu"])
 def test_a_wrong_norm_is_rejected(op: str, norm: Callable[..., Tensor], mean: float, spread: float) -> None:
-    inputs = _inputs(op, 77, 96, 40, torch.float32, mean, spread)
+    inputs = make_inputs(op, 77, 96, 40, torch.float32, mean, spread)
 
     def result(norm: Callable[..., Tensor]) -> Tensor:
         product = F.linear(norm(inputs, 1e-5), inputs["weight"], inputs["bias"])
@@ -261,7 +209,7 @@ def test_a_wrong_norm_is_rejected(op: str, norm: Callable[..., Tensor], mean: fl
 
 
 def test_a_wrong_eps_is_rejected() -> None:
-    inputs = _inputs("norm_linear", 77, 96, 40, torch.float32, spread=3e-3)
+    inputs = make_inputs("norm_linear", 77, 96, 40, torch.float32, spread=3e-3)
     assert _check("norm_linear", norm_linear(**inputs, eps=1e-6), inputs, eps=1e-6)
     assert not _check("norm_linear", norm_linear(**inputs), inputs, eps=1e-6)
 
@@ -277,7 +225,7 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("gate", GATES)
 def test_a_wrong_gate_is_rejected(gate: str) -> None:
-    inputs = _inputs("norm_geglu", 77, 96, 40, torch.float32)
+    inputs = make_inputs("norm_geglu", 77, 96, 40, torch.float32)
     halves = norm_linear_reference(**inputs).chunk(2, dim=-1)
     assert _check("norm_geglu", GATES[gate](*halves), inputs) == (gate == "right")
 
@@ -301,7 +249,7 @@ def _tf32(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_a_wrong_product_is_rejected(product: str) -> None:
-    inputs = _inputs("linear_residual", 77, 96, 40, torch.float32)
+    inputs = make_inputs("linear_residual", 77, 96, 40, torch.float32)
     assert _check("linear_residual", PRODUCTS[product](inputs), inputs) == (product == "right")
 
 
@@ -310,30 +258,17 @@ def test_auto_on_the_cpu_without_the_native_module_is_the_reference(op: str, mon
     monkeypatch.setattr("forgedit_kernels.dispatch.native_module", lambda: None)
     function, reference = OPS[op]
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        inputs = _inputs(op, 5, 24, 16, dtype)
+        inputs = make_inputs(op, 5, 24, 16, dtype)
         assert torch.equal(function(**inputs), reference(**inputs))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_gradients_come_from_the_reference_alone(op: str) -> None:
-    inputs = _inputs(op, 5, 24, 16, torch.float32)
-    inputs["weight"].requires_grad_()
-    OPS[op][0](**inputs).sum().backward()
-    assert inputs["weight"].grad is not None
-    if triton_installed():
-        with pytest.raises(
-            RuntimeError, match=f"cannot run {op}: it computes no gradients, and an input requires them"
-        ):
-            OPS[op][0](**inputs, backend="triton")
 
 
 @needs_triton
 @pytest.mark.parametrize("op", OPS)
 def test_what_triton_cannot_run(op: str) -> None:
-    inputs = _inputs(op, 5, 24, 16, torch.float64)
+    inputs = make_inputs(op, 5, 24, 16, torch.float64)
     with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run {op}: got torch.float64"):
         OPS[op][0](**inputs, backend="triton")
-    long = _inputs(op, 1, projection_triton.LONGEST_ROW + 1, 2, torch.float32)
+    long = make_inputs(op, 1, projection_triton.LONGEST_ROW + 1, 2, torch.float32)
     if op != "linear_residual":
         with pytest.raises(RuntimeError, match="got rows of 16385, it normalises at most 16384"):
             OPS[op][0](**long, backend="triton")
@@ -344,7 +279,7 @@ def test_what_triton_cannot_run(op: str) -> None:
 def test_the_measured_table_is_asked(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(table, "preferred", lambda op, device, key: asked.append((op, device, key())))
-    inputs = _inputs(op, 5, 24, 16, torch.float16)
+    inputs = make_inputs(op, 5, 24, 16, torch.float16)
     OPS[op][0](**inputs)
     assert asked == [(op, torch.device("cpu"), f"k24 n{inputs['weight'].shape[0]} m8 float16")]
 
@@ -373,27 +308,13 @@ WRONG: dict[str, tuple[str, Inputs, str]] = {
 def test_wrong_arguments(case: str) -> None:
     op, wrong, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
-        OPS[op][0](**_inputs(op, 4, 8, 6, torch.float32) | wrong)
+        OPS[op][0](**make_inputs(op, 4, 8, 6, torch.float32) | wrong)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_backend(op: str) -> None:
     with pytest.raises(ValueError, match=f"unknown backend 'fast' for {op}; expected one of: auto, reference, triton"):
-        OPS[op][0](**_inputs(op, 4, 8, 6, torch.float32), backend="fast")
-
-
-# K, columns of W, rows of one picture: SD's at 512x512 (queries; queries, keys and values; feed-forward, in and out)
-REAL = [
-    (op, k, n * c, rows)
-    for c, rows in ((320, 4096), (640, 1024), (1280, 256), (1280, 64))
-    for op, k, n in (
-        ("norm_linear", c, 1),
-        ("norm_linear", c, 3),
-        ("norm_geglu", c, 8),
-        ("linear_residual", c, 1),
-        ("linear_residual", 4 * c, 1),
-    )
-]
+        OPS[op][0](**make_inputs(op, 4, 8, 6, torch.float32), backend="fast")
 
 
 @needs_triton
@@ -420,10 +341,6 @@ def _options(variant: Variant) -> dict[str, int]:
     return {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
 
 
-def _cuda(inputs: Inputs) -> Inputs:
-    return {name: tensor.cuda() for name, tensor in inputs.items()}
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("mean", [0, 30])
@@ -431,7 +348,7 @@ def _cuda(inputs: Inputs) -> Inputs:
 @pytest.mark.parametrize(("op", "k", "n", "rows"), REAL)
 def test_real_shapes_on_cuda(op: str, k: int, n: int, rows: int, dtype: torch.dtype, mean: int, backend: str) -> None:
     columns = n // 2 if op == "norm_geglu" else n
-    inputs = _cuda(_inputs(op, 2 * rows, k, columns, dtype, mean, 0.1 if mean else 1.0))
+    inputs = on_cuda(make_inputs(op, 2 * rows, k, columns, dtype, mean, 0.1 if mean else 1.0))
     assert _check(op, OPS[op][0](**inputs, backend=backend), inputs)
 
 
@@ -442,7 +359,7 @@ def test_real_shapes_on_cuda(op: str, k: int, n: int, rows: int, dtype: torch.dt
 def test_every_tile_on_cuda(
     op: str, dtype: torch.dtype, case: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = _cuda(_inputs(op, *case, dtype))
+    inputs = on_cuda(make_inputs(op, *case, dtype))
     for tile in projection_triton._tiles(op, dtype, torch.cuda.get_device_capability()):
         launch = projection_triton._configuration(tile, dtype, op == "norm_geglu")
         monkeypatch.setattr(table, "blocks", lambda *_, launch=launch: launch)
@@ -453,7 +370,7 @@ def test_every_tile_on_cuda(
 @pytest.mark.parametrize("layout", [*IN_PLACE, *COPIED])
 @pytest.mark.parametrize("op", OPS)
 def test_layouts_on_cuda(op: str, layout: str) -> None:
-    inputs = _cuda(_inputs(op, 30, 48, 24, torch.bfloat16))
+    inputs = on_cuda(make_inputs(op, 30, 48, 24, torch.bfloat16))
     expected = OPS[op][0](**inputs, backend="triton")
     moved = {name: (IN_PLACE | COPIED)[layout](inputs[name]) for name in ("x", "residual") if name in inputs}
     assert torch.equal(OPS[op][0](**inputs | moved, backend="triton").view(30, 24), expected)
@@ -462,11 +379,11 @@ def test_layouts_on_cuda(op: str, layout: str) -> None:
 @pytest.mark.gpu
 def test_float32_takes_the_reference_on_cuda_unless_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    monkeypatch.setattr("forgedit_kernels.projection.projection_triton", lambda *args, **_: launched.append(args[0]))
+    monkeypatch.setattr("forgedit_kernels.projection.projection_triton", lambda *args, **_: [launched.append(args[0])])
     monkeypatch.setattr(table, "preferred", lambda *_: None)
     for dtype in (torch.float32, torch.bfloat16):
         for op, (function, _) in OPS.items():
-            function(**_cuda(_inputs(op, 5, 24, 16, dtype)))
+            function(**on_cuda(make_inputs(op, 5, 24, 16, dtype)))
             assert launched == (list(OPS)[: len(launched)] if dtype == torch.bfloat16 else [])
     assert launched == list(OPS)
 
@@ -477,7 +394,7 @@ def test_offsets_past_32_bits_on_cuda() -> None:
         pytest.skip("needs 12 GiB of free GPU memory")
     rows = 2**21 + 130
     wide = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")  # x and y: more than 2^31 elements to the end
-    inputs = _cuda(_inputs("norm_linear", 130, 32, 1024, torch.bfloat16))
+    inputs = on_cuda(make_inputs("norm_linear", 130, 32, 1024, torch.bfloat16))
     wide[-130:, :32] = inputs["x"]
     got = norm_linear(**inputs | {"x": wide[:, :32]}, backend="triton")
     assert _check("norm_linear", got[-130:], inputs)
