@@ -4,47 +4,35 @@ h = x + shift; the shift, over channels, is one picture's or all pictures' (a Re
 biased variance are of each picture's groups of neighbouring channels, over all pixels.
 Source: Wu & He 2018, arXiv 1803.08494, eq. 1; statistics of parts joined: Chan, Golub & LeVeque 1983.
 Least work per element: read one, write one (8 bytes in float32, 4 in the 16-bit types), about 15 operations: bound by
-memory.
+memory. Gradients read two and write one: x, the output's gradient, dx; what the forward pass kept is x itself, mean and
+1 / standard deviation of each group.
 
-There are two ways. Shape alone decides, so that a picture's values do not depend on the batch it is in:
-- a picture's group, padded, fits in one program's registers: one launch, a program per group, at the least bytes. Of
-  the UNet at 512x512 pixels these are the 8x8 and 16x16 maps, and the 32x32 ones up to 960 channels;
-- it does not: two launches. In channels-last data a group is 10 to 80 channels of a row of 320 to 2560, so a program
-  reads whole rows, of some pixels, and leaves mean and sum of squared deviations per group. The second launch joins
-  these parts in a fixed order, without atomics, and normalises the same rows. x is read twice, mostly from L2 the
-  second time; the parts add 8 bytes per group and program, and each program of a picture reads them all.
-
-Contiguous input goes through the same kernels by its strides; two launches then read it in short pieces.
+Gradients flow through every backend, where an input asks for them; those of triton (group_norm_silu_backward.py) and
+native are of first order, and equal in every bit from run to run; native's are float32's alone.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
-from forgedit_kernels.jit import Variant, jit, tl
+from forgedit_kernels.group_norm_silu_backward import group_norm_silu_backward
+from forgedit_kernels.group_norm_silu_triton import (
+    DTYPES,
+    LONGEST_ROW,
+    blocks_of,
+    group_norm_silu_triton,
+    layout_of,
+    strides_of,
+)
 from forgedit_kernels.table import preferred
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # with Triton's names
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-_WHOLE_GROUP = 32768  # elements of a padded group that one program holds: 64 a thread, of float32
-_TILE = 8192  # elements that a program of the two-launch way takes at a time
-_ROW = 8192  # channels in the longest row that it takes
-# Programs a picture. With guidance's two pictures they are one for nearly each of 132 multiprocessors; with more, the
-# second launch would read more statistics than pixels. Only the decoder's large maps bear four times as many.
-_PARTS = 64
-_SHIPPED = (  # height and width, channels, with a shift: of Stable Diffusion 1.x at 512x512 pixels
-    (8, 1280, True), (16, 2560, False), (32, 320, False), (32, 640, True), (32, 960, False), (32, 1920, False),
-    (64, 320, True), (64, 960, False),
-)  # fmt: skip
 
 
 def group_norm_silu_reference(
@@ -62,275 +50,117 @@ def group_norm_silu_reference(
     On channels-last data torch 2.13's CPU GroupNorm takes the variance as E[x^2] - E[x]^2, and its backward dies where
     the weight needs a gradient and x does not: so it is given contiguous data.
     """
-    layout = _layout(x) or torch.contiguous_format
+    layout = layout_of(x) or torch.contiguous_format
     h = (x if shift is None else x + shift[:, :, None, None]).contiguous()
     y = torch.group_norm(h, groups, weight, bias, eps)
     return (F.silu(y) if silu else y).contiguous(memory_format=layout)
 
 
-def _layout(x: Tensor) -> torch.memory_format | None:
-    """Channels-last, contiguous, or None for neither."""
-    layouts = (torch.channels_last, torch.contiguous_format)
-    return next((layout for layout in layouts if x.is_contiguous(memory_format=layout)), None)
-
-
-@jit
-def _join(count, mean, m2, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(count, mean, sum of squared deviations) of parts, joined along an axis. Parts of count 0 do not matter."""
-    total = tl.sum(count, axis)
-    center = tl.sum(count * mean, axis) / tl.maximum(total, 1)
-    apart = mean - tl.expand_dims(center, axis)
-    return total, center, tl.sum(m2 + count * apart * apart, axis)
-
-
-@jit
-def _group_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, pixels, channels, groups, eps,
-    pixel_stride, channel_stride, shift_stride,
-    SILU: tl.constexpr, PIXELS: tl.constexpr, GROUP_C: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """One group of one picture, held whole: its pixels and channels rounded up to [PIXELS, GROUP_C].
-
-    TOGETHER: a power of 2 that divides a group's channels: as many are read at once
-    """
-    picture = tl.program_id(1).to(tl.int64)
-    group_channels = tl.multiple_of(channels // groups, TOGETHER)
-    x_ptr += picture * pixels * channels
-    y_ptr += picture * pixels * channels
-    p = tl.arange(0, PIXELS)
-    lane = tl.arange(0, GROUP_C)
-    c = tl.program_id(0) * group_channels + lane
-    held = lane < group_channels
-    mask = (p < pixels)[:, None] & held[None, :]
-    offsets = p[:, None] * pixel_stride + c[None, :] * channel_stride
-    h = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        h += tl.load(shift_ptr + picture * shift_stride + c, mask=held, other=0.0).to(tl.float32)[None, :]
-    h = tl.where(mask, h, 0.0)
-    count = pixels * group_channels
-    apart = tl.where(mask, h - tl.sum(h) / count, 0.0)
-    rstd = tl.rsqrt(tl.sum(apart * apart) / count + eps)
-    weight = tl.load(weight_ptr + c, mask=held, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=held, other=0.0).to(tl.float32)
-    y = apart * (rstd * weight)[None, :] + bias[None, :]
-    if SILU:
-        y *= tl.sigmoid(y)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def _statistics_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, shift_ptr, parts_ptr, pixels, channels, groups, part_pixels, pixel_stride, channel_stride, shift_stride,
-    PIXELS: tl.constexpr, ROW: tl.constexpr, GROUPS: tl.constexpr, GROUP_C: tl.constexpr,
-):  # fmt: skip
-    """Every group's mean and sum of squared deviations over one part of a picture's pixels.
-
-    parts_ptr: float32 [pictures, parts, 2, groups]
-    """
-    part = tl.program_id(0)
-    picture = tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, ROW)
-    row = c < channels
-    x_ptr += picture * pixels * channels
-    shift = tl.zeros([ROW], tl.float32)
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + picture * shift_stride + c, mask=row, other=0.0).to(tl.float32)
-    # each place of the tile keeps its own running statistics (Welford), so that the loop needs no sum across threads
-    count = tl.zeros([PIXELS, 1], tl.float32)
-    mean = tl.zeros([PIXELS, ROW], tl.float32)
-    m2 = tl.zeros([PIXELS, ROW], tl.float32)
-    first = part * part_pixels
-    last = tl.minimum(first + part_pixels, pixels)
-    for start in tl.range(first, last, PIXELS, num_stages=3):  # unasked, only products are
-        p = start + tl.arange(0, PIXELS)[:, None]
-        inside = p < last
-        offsets = p.to(tl.int64) * pixel_stride + c[None, :] * channel_stride
-        h = tl.load(x_ptr + offsets, mask=inside & row[None, :], other=0.0).to(tl.float32) + shift[None, :]
-        count += inside.to(tl.float32)
-        apart = h - mean
-        mean += apart * tl.where(inside, 1 / tl.maximum(count, 1), 0.0)
-        m2 += tl.where(inside, apart * (h - mean), 0.0)
-    seen, mean, m2 = _join(count, mean, m2, 0)
-    # channels to groups, which are no power of two: [ROW] to [GROUPS, GROUP_C]
-    lane = tl.arange(0, GROUPS * GROUP_C)
-    group_channels = channels // groups
-    index = tl.minimum(lane // GROUP_C * group_channels + lane % GROUP_C, ROW - 1)
-    mean = tl.reshape(tl.gather(mean, index, 0), [GROUPS, GROUP_C])
-    m2 = tl.reshape(tl.gather(m2, index, 0), [GROUPS, GROUP_C])
-    held = tl.arange(0, GROUP_C)[None, :] < group_channels
-    _, mean, m2 = _join(tl.where(held, tl.expand_dims(seen, 0), 0.0), mean, tl.where(held, m2, 0.0), 1)
-    group = tl.arange(0, GROUPS)
-    parts_ptr += (picture * tl.num_programs(0) + part) * 2 * groups + group
-    tl.store(parts_ptr, mean, mask=group < groups)
-    tl.store(parts_ptr + groups, m2, mask=group < groups)
-
-
-@jit
-def _normalise_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, shift_ptr, parts_ptr, y_ptr, pixels, channels, groups, part_pixels, eps,
-    pixel_stride, channel_stride, shift_stride,
-    SILU: tl.constexpr, PIXELS: tl.constexpr, ROW: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Joins a picture's statistics, the same in each of its programs, and normalises one part of its pixels."""
-    part = tl.program_id(0)
-    picture = tl.program_id(1).to(tl.int64)
-    group_channels = channels // groups
-    n = tl.arange(0, PARTS)[:, None]
-    group = tl.arange(0, GROUPS)[None, :]
-    parts_ptr += (picture * tl.num_programs(0) + n) * 2 * groups + group
-    there = (n < tl.num_programs(0)) & (group < groups)
-    mean = tl.load(parts_ptr, mask=there, other=0.0)
-    m2 = tl.load(parts_ptr + groups, mask=there, other=0.0)
-    seen = tl.minimum(tl.maximum(pixels - n * part_pixels, 0), part_pixels) * group_channels
-    count, mean, m2 = _join(seen.to(tl.float32), mean, m2, 0)
-    rstd = tl.rsqrt(m2 / count + eps)
-
-    c = tl.arange(0, ROW)
-    row = c < channels
-    index = tl.minimum(c // group_channels, GROUPS - 1)
-    center = tl.gather(mean, index, 0)
-    if shift_ptr is not None:
-        center -= tl.load(shift_ptr + picture * shift_stride + c, mask=row, other=0.0).to(tl.float32)
-    scale = tl.gather(rstd, index, 0) * tl.load(weight_ptr + c, mask=row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=row, other=0.0).to(tl.float32)
-    first = part * part_pixels
-    last = tl.minimum(first + part_pixels, pixels)
-    for start in tl.range(first, last, PIXELS, num_stages=3):  # unasked, only products are
-        p = start + tl.arange(0, PIXELS)[:, None]
-        mask = (p < last) & row[None, :]
-        offsets = picture * pixels * channels + p.to(tl.int64) * pixel_stride + c[None, :] * channel_stride
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        y = (x - center[None, :]) * scale[None, :] + bias[None, :]
-        if SILU:
-            y *= tl.sigmoid(y)
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """How a picture's pixels and channels are cut.
-
-    pixels: of the tile that a program holds; group_c: channels of a group, rounded up to a power of 2
-    together: neighbouring channels of a group that are read at once; for one launch
-    row: channels, rounded up; parts: programs a picture; part_pixels: pixels of each; for two launches, else 0
-    """
-
-    pixels: int
-    group_c: int
-    warps: int
-    together: int = 1
-    row: int = 0
-    parts: int = 0
-    part_pixels: int = 0
-
-
-def _power(n: int) -> int:
-    """The least power of 2 that is n or more."""
-    return 1 << (n - 1).bit_length()
-
-
-def _blocks(pixels: int, channels: int, groups: int) -> _Blocks:
-    group_c = _power(channels // groups)
-    whole = _power(pixels) * group_c
-    if whole <= _WHOLE_GROUP and pixels * channels < 2**31:  # its offsets within a picture are 32 bits wide
-        warps = min(max(whole // 1024, 4), 16)
-        return _Blocks(_power(pixels), group_c, warps, together=math.gcd(channels // groups, 8))
-    row = _power(channels)
-    tile_pixels = max(_TILE // row, 1)
-    part_pixels = max(-(-pixels // (_PARTS if pixels <= 2**14 else 4 * _PARTS)), tile_pixels)
-    return _Blocks(tile_pixels, group_c, 8, row=row, parts=-(-pixels // part_pixels), part_pixels=part_pixels)
-
-
-def _group_norm_silu_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None, silu: bool
+def _group_norm_silu_native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    stats: Tensor | None = None,
 ) -> Tensor:
-    batch, channels, height, width = x.shape
-    pixels = height * width
-    strides = (channels, 1) if _layout(x) == torch.channels_last else (1, pixels)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
-    shift_stride = 0 if shift is None or shift.shape[0] == 1 else shift.stride(0)
+    """As group_norm_silu_triton, in C++ with torch's number of threads, on channels-last data."""
     y = torch.empty_like(x)
-    blocks = _blocks(pixels, channels, groups)
-    with torch.cuda.device_of(x):
-        if not blocks.parts:
-            _group_fwd_kernel[(groups, batch)](
-                x, weight, bias, shift, y, pixels, channels, groups, eps, *strides, shift_stride,
-                SILU=silu, PIXELS=blocks.pixels, GROUP_C=blocks.group_c, TOGETHER=blocks.together,
-                num_warps=blocks.warps,
-            )  # fmt: skip
-            return y
-        grid = (blocks.parts, batch)
-        padded_groups = _power(groups)
-        parts = torch.empty((batch, blocks.parts, 2, groups), dtype=torch.float32, device=x.device)
-        _statistics_fwd_kernel[grid](
-            x, shift, parts, pixels, channels, groups, blocks.part_pixels, *strides, shift_stride,
-            PIXELS=blocks.pixels, ROW=blocks.row, GROUPS=padded_groups, GROUP_C=blocks.group_c, num_warps=blocks.warps,
-        )  # fmt: skip
-        _normalise_fwd_kernel[grid](
-            x, weight, bias, shift, parts, y, pixels, channels, groups, blocks.part_pixels, eps, *strides, shift_stride,
-            SILU=silu, PIXELS=blocks.pixels, ROW=blocks.row, GROUPS=padded_groups, PARTS=_power(blocks.parts),
-            num_warps=blocks.warps,
-        )  # fmt: skip
+    _native(
+        "group_norm_silu", x, shift, groups, [x, weight, bias, shift, y, stats],
+        silu=silu, eps=eps, dtype=str(x.dtype).removeprefix("torch."),
+    )  # fmt: skip
     return y
 
 
-def _group_norm_silu_native(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None, silu: bool
-) -> Tensor:
-    """In C++ with torch's number of threads, on channels-last data."""
+def _group_norm_silu_backward_native(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    stats: Tensor,
+    groups: int,
+    silu: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """As group_norm_silu_backward; all gradients come together, whatever is needed of them."""
+    dx, dshift = torch.empty_like(x), x.new_empty(x.shape[:2])
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    arrays = [dy, x, weight, bias, shift, stats, dx, dshift, dweight, dbias]
+    _native("group_norm_silu_backward", x, shift, groups, arrays, silu=silu)
+    if shift is not None and len(shift) < len(x):
+        dshift = dshift.sum(0, keepdim=True)
+    return tuple(got if needed else None for got, needed in zip((dx, dweight, dbias, dshift), needs, strict=True))
+
+
+def _native(op: str, x: Tensor, shift: Tensor | None, groups: int, arrays: list[Tensor | None], **rest: Any) -> None:
     native = native_module()
     assert native is not None, "dispatch chose an absent module"
     batch, channels, height, width = x.shape
-    weight, bias = weight.contiguous(), bias.contiguous()
-    shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
-    y = torch.empty_like(x)
-    native.group_norm_silu(
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        y.data_ptr(),
+    getattr(native, op)(
+        *(0 if array is None else array.data_ptr() for array in arrays),
         batch=batch,
         pixels=height * width,
         channels=channels,
         groups=groups,
-        shift_stride=0 if shift is None or shift.shape[0] == 1 else shift.stride(0),
-        eps=eps,
-        silu=silu,
-        dtype=str(x.dtype).removeprefix("torch."),
+        shift_stride=strides_of(x, shift)[2],
         threads=torch.get_num_threads(),
         instruction_set=native.instruction_sets()[-1],
+        **rest,
     )
-    return y
 
 
-def _wants_gradients(inputs: list[Tensor]) -> str | None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
-    return None
+_FORWARD = {"triton": group_norm_silu_triton, "native": _group_norm_silu_native}
+_BACKWARD = {"triton": group_norm_silu_backward, "native": _group_norm_silu_backward_native}
 
 
-def _native_obstacle(x: Tensor, inputs: list[Tensor]) -> str | None:
-    if _layout(x) != torch.channels_last:
+class _GroupNormSilu(torch.autograd.Function):
+    """A backend's forward pass and gradients, for which x, the statistics and the small tensors are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *rest: Any) -> Tensor:
+        backend, groups, eps, silu = rest
+        stats = torch.empty((len(x), 2, groups), dtype=torch.float32, device=x.device)
+        y = _FORWARD[backend](x, weight, bias, shift, groups, eps, silu, stats)
+        ctx.save_for_backward(x, weight, bias, shift, stats)
+        ctx.backend, ctx.groups, ctx.silu = backend, groups, silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, shift, stats = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=layout_of(x) or torch.contiguous_format)
+        needs = ctx.needs_input_grad[:4]
+        gradients = _BACKWARD[ctx.backend](dy, x, weight, bias, shift, stats, ctx.groups, ctx.silu, needs)
+        return *gradients, None, None, None, None
+
+
+def _native_obstacle(x: Tensor, with_grad: bool) -> str | None:
+    if layout_of(x) != torch.channels_last:
         return f"x must be channels_last, got strides {x.stride()} for shape {list(x.shape)}"
-    return _wants_gradients(inputs) or native_obstacle(x.device, x.dtype, _NATIVE_DTYPES)
+    if with_grad and x.dtype != torch.float32:
+        return f"an input requires gradients, which it computes in torch.float32, got {x.dtype}"
+    return native_obstacle(x.device, x.dtype, _NATIVE_DTYPES)
 
 
-def _triton_obstacle(x: Tensor, groups: int, inputs: list[Tensor]) -> str | None:
-    gradients = _wants_gradients(inputs)
-    if gradients is not None:
-        return gradients
-    if _layout(x) is None:
+def _triton_obstacle(x: Tensor, groups: int) -> str | None:
+    if layout_of(x) is None:
         return f"x must be contiguous or channels_last, got strides {x.stride()} for shape {list(x.shape)}"
-    if _blocks(x.shape[2] * x.shape[3], x.shape[1], groups).row > _ROW:
-        return f"got {x.shape[1]} channels, it takes at most {_ROW}"
-    return triton_obstacle(x.device, x.dtype, tuple(_DTYPES))
+    if blocks_of(x.shape[2] * x.shape[3], x.shape[1], groups).row > LONGEST_ROW:
+        return f"got {x.shape[1]} channels, it takes at most {LONGEST_ROW}"
+    return triton_obstacle(x.device, x.dtype, tuple(DTYPES))
 
 
 def shape_key(x: Tensor, groups: int) -> str:
-    """The shape class in the measured tables. The batch is no part of it, nor of a picture's values."""
-    layout = "channels_last" if _layout(x) == torch.channels_last else "contiguous"
+    """The shape class in the measured tables. The batch is no part of it, nor of a picture's values.
+
+    The op asks with " grad" after it if a gradient is wanted.
+    """
+    layout = "channels_last" if layout_of(x) == torch.channels_last else "contiguous"
     return f"{x.shape[2] * x.shape[3]}x{x.shape[1]} in {groups} {layout} {str(x.dtype).removeprefix('torch.')}"
 
 
@@ -366,42 +196,17 @@ def group_norm_silu(
             raise ValueError(f"{name} must have the shape {allowed}, got {list(tensor.shape)}")
         if tensor.dtype != x.dtype or tensor.device != x.device:
             raise ValueError(f"{name} must be {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}")
-    tensors = [x, *inputs.values()]
-    obstacles = {"triton": lambda: _triton_obstacle(x, groups, tensors), "native": lambda: _native_obstacle(x, tensors)}
+    with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *inputs.values()))
     chosen = choose(
-        "group_norm_silu", backend, obstacles, preferred("group_norm_silu", x.device, lambda: shape_key(x, groups))
+        "group_norm_silu",
+        backend,
+        {"triton": lambda: _triton_obstacle(x, groups), "native": lambda: _native_obstacle(x, with_grad)},
+        preferred("group_norm_silu", x.device, lambda: shape_key(x, groups) + " grad" * with_grad),
     )
-    if not x.numel():
-        return torch.empty_like(x)
-    if chosen == "triton":
-        return _group_norm_silu_triton(x, weight, bias, groups, eps, shift, silu)
-    if chosen == "native":
-        return _group_norm_silu_native(x, weight, bias, groups, eps, shift, silu)
-    return group_norm_silu_reference(x, weight, bias, groups, eps=eps, shift=shift, silu=silu)
-
-
-def variants() -> list[Variant]:
-    """Stable Diffusion's maps at 512x512 pixels: those that take one launch, and those that take two."""
-    one, two = (_group_fwd_kernel,), (_statistics_fwd_kernel, _normalise_fwd_kernel)
-    found = []
-    for side, channels, shifted in _SHIPPED:
-        blocks = _blocks(side * side, channels, 32)
-        constants: dict[str, Any] = {
-            "PIXELS": blocks.pixels, "GROUP_C": blocks.group_c, "TOGETHER": blocks.together, "ROW": blocks.row,
-            "GROUPS": 32, "PARTS": _power(blocks.parts), "SILU": True, "channel_stride": 1,
-        } | ({} if shifted else {"shift_ptr": None})  # fmt: skip
-        for kernel, dtype in itertools.product(two if blocks.parts else one, _DTYPES.values()):
-            names = inspect.signature(getattr(kernel, "fn", kernel)).parameters
-            types = {"parts_ptr": "*fp32", "eps": "fp32"}
-            types = {n: types.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in names if n not in constants}
-            found.append(
-                Variant(
-                    name=f"group_norm_silu {kernel.__name__[1:-11]} {side}x{side}x{channels} {dtype}",
-                    kernel=kernel,
-                    signature=types,
-                    constexprs={name: value for name, value in constants.items() if name in names},
-                    num_warps=blocks.warps,
-                    aligned=tuple(name for name, kind in types.items() if kind == "i32"),
-                )
-            )
-    return found
+    if chosen == "reference" or not x.numel():
+        return group_norm_silu_reference(x, weight, bias, groups, eps=eps, shift=shift, silu=silu)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
+    if with_grad:
+        return _GroupNormSilu.apply(x, weight, bias, shift, chosen, groups, eps, silu)
+    return _FORWARD[chosen](x, weight, bias, shift, groups, eps, silu)

@@ -117,14 +117,17 @@ FORGEDIT_AVX512 void normalise_avx512(const GroupNorm& op, Dtype dtype, size_t b
 // Pixels whose gradients are added up in float, before they join a double: errors do not grow with the map.
 constexpr size_t kShortSum = 16;
 
-// `elements` of the gradients before the SiLU, dz; adds them, and them times the normalised x, to each channel's sums.
+// `elements` of the gradients before the SiLU, dz; adds to each channel's sums: of dz, of dz times the normalised x,
+// and of the normalised x.
 template <bool SILU>
 FORGEDIT_INLINE void undo_silu(const GroupNormBackward& op, const float* x, const float* dout, size_t elements,
-                               const float* center, const float* rstd, float* dz, float* sum, float* dots) {
+                               const float* center, const float* rstd, float* dz, float* sums) {
+  const size_t channels = op.channels;
   const float *weight = op.weight, *bias = op.bias;
-  for (size_t row = 0; row < elements; row += op.channels) {
+  float *dots = sums + channels, *normed_sums = dots + channels;
+  for (size_t row = 0; row < elements; row += channels) {
     FORGEDIT_WIDE
-    for (size_t c = 0; c < op.channels; ++c) {
+    for (size_t c = 0; c < channels; ++c) {
       const float normed = (x[row + c] - center[c]) * rstd[c];
       float gradient = dout[row + c];
       if (SILU) {
@@ -135,76 +138,65 @@ FORGEDIT_INLINE void undo_silu(const GroupNormBackward& op, const float* x, cons
         gradient *= gate * (1.0f + y * (inverse * gate));
       }
       dz[row + c] = gradient;
-      sum[c] += gradient;
+      sums[c] += gradient;
       dots[c] += gradient * normed;
+      normed_sums[c] += normed;
     }
   }
 }
 
-// dz to dx, in place: dx = dz * scale - (x - center) * slope - constant. Adds it to each channel's sum.
-FORGEDIT_INLINE void undo_norm(const GroupNormBackward& op, const float* x, size_t elements, const float* center,
-                               const float* scale, const float* slope, const float* constant, float* dx, float* sum) {
-  for (size_t row = 0; row < elements; row += op.channels) {
+// dz to dx, in place: dx = dz * scale - (x - center) * slope - constant.
+FORGEDIT_INLINE void undo_norm(const GroupNormBackward& op, const float* x, const float* center, const float* scale,
+                               const float* slope, const float* constant, float* dx) {
+  for (size_t row = 0; row < op.pixels * op.channels; row += op.channels) {
     FORGEDIT_WIDE
     for (size_t c = 0; c < op.channels; ++c) {
-      const float gradient = dx[row + c] * scale[c] - (x[row + c] - center[c]) * slope[c] - constant[c];
-      dx[row + c] = gradient;
-      sum[c] += gradient;
+      dx[row + c] = dx[row + c] * scale[c] - (x[row + c] - center[c]) * slope[c] - constant[c];
     }
   }
 }
 
-// Adds short sums to long ones, and clears them for the next.
-FORGEDIT_INLINE void join(float* parts, double* sums, size_t count) {
-  for (size_t i = 0; i < count; ++i) sums[i] += parts[i];
-  std::fill(parts, parts + count, 0.0f);
-}
-
-// sums: [batch, 2, channels], zeros; takes what each picture gives to dbias and dweight.
+// sums: [batch, 3, channels], zeros; takes what each picture gives to dbias and dweight, and the normalised x's sums.
 FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, double* sums, size_t begin, size_t end) {
   const size_t channels = op.channels, width = channels / op.groups, all = op.pixels * channels;
-  const size_t tile = kShortSum * channels;
-  const double count = static_cast<double>(op.pixels) * static_cast<double>(width);
-  std::vector<float> rows(7 * channels);
-  std::vector<double> dx_sums(channels);
+  const double pixels = static_cast<double>(op.pixels), count = pixels * static_cast<double>(width);
+  std::vector<float> rows(8 * channels);
   float *center = rows.data(), *rstd = center + channels, *scale = rstd + channels, *slope = scale + channels,
         *constant = slope + channels, *parts = constant + channels;
   for (size_t picture = begin; picture < end; ++picture) {
     const float *x = op.x + picture * all, *dout = op.dout + picture * all;
     const float* stats = op.stats + picture * 2 * op.groups;
-    float* dx = op.dx + picture * all;
-    double* sum = sums + picture * 2 * channels;
+    float *dx = op.dx + picture * all, *dshift = op.dshift + picture * channels;
+    double *sum = sums + picture * 3 * channels, *dots = sum + channels, *normed = dots + channels;
     for (size_t c = 0; c < channels; ++c) {
       center[c] = stats[c / width] - (op.shift ? op.shift[picture * op.shift_stride + c] : 0.0f);
       rstd[c] = stats[op.groups + c / width];
     }
-    for (size_t at = 0; at < all; at += tile) {
-      const size_t elements = std::min(tile, all - at);
+    for (size_t at = 0; at < all; at += kShortSum * channels) {
+      const size_t elements = std::min(kShortSum * channels, all - at);
+      std::fill(parts, parts + 3 * channels, 0.0f);
       if (op.silu) {
-        undo_silu<true>(op, x + at, dout + at, elements, center, rstd, dx + at, parts, parts + channels);
+        undo_silu<true>(op, x + at, dout + at, elements, center, rstd, dx + at, parts);
       } else {
-        undo_silu<false>(op, x + at, dout + at, elements, center, rstd, dx + at, parts, parts + channels);
+        undo_silu<false>(op, x + at, dout + at, elements, center, rstd, dx + at, parts);
       }
-      join(parts, sum, 2 * channels);
+      for (size_t i = 0; i < 3 * channels; ++i) sum[i] += parts[i];
     }
     for (size_t first = 0; first < channels; first += width) {
-      double total = 0, along = 0;  // of the normalised x's gradients; and times the normalised x
+      double mean = 0, along = 0;  // of the normalised x's gradients; and of them times the normalised x
       for (size_t c = first; c < first + width; ++c) {
-        total += op.weight[c] * sum[c];
-        along += op.weight[c] * sum[channels + c];
+        mean += op.weight[c] * sum[c] / count;
+        along += op.weight[c] * dots[c] / count;
       }
       for (size_t c = first; c < first + width; ++c) {
         scale[c] = rstd[c] * op.weight[c];
-        slope[c] = static_cast<float>(along / count * rstd[c] * rstd[c]);
-        constant[c] = static_cast<float>(total / count * rstd[c]);
+        slope[c] = static_cast<float>(along * rstd[c] * rstd[c]);
+        constant[c] = static_cast<float>(mean * rstd[c]);
+        // dx's sum, from sums in double: constant's rounding would come in `pixels` times
+        dshift[c] = static_cast<float>((op.weight[c] * sum[c] - mean * pixels - along * normed[c]) * rstd[c]);
       }
     }
-    std::fill(dx_sums.begin(), dx_sums.end(), 0.0);
-    for (size_t at = 0; at < all; at += tile) {
-      undo_norm(op, x + at, std::min(tile, all - at), center, scale, slope, constant, dx + at, parts);
-      join(parts, dx_sums.data(), channels);
-    }
-    for (size_t c = 0; c < channels; ++c) op.dshift[picture * channels + c] = static_cast<float>(dx_sums[c]);
+    undo_norm(op, x, center, scale, slope, constant, dx);
   }
 }
 
@@ -231,14 +223,14 @@ void group_norm_silu(const GroupNorm& op, Dtype dtype, int threads, const std::s
 
 void group_norm_silu_backward(const GroupNormBackward& op, int threads, const std::string& instruction_set) {
   const auto run = choose(instruction_set, differentiate_baseline, differentiate_avx2, differentiate_avx512);
-  std::vector<double> sums(op.batch * 2 * op.channels);
+  std::vector<double> sums(op.batch * 3 * op.channels);
   const size_t least = (size_t{1} << 15) / std::max<size_t>(op.pixels * op.channels, 1) + 1;  // twice the work
   split(op.batch, least, threads, [&](size_t begin, size_t end) { run(op, sums.data(), begin, end); });
   for (size_t c = 0; c < op.channels; ++c) {
     double bias = 0, weight = 0;
     for (size_t picture = 0; picture < op.batch; ++picture) {
-      bias += sums[picture * 2 * op.channels + c];
-      weight += sums[(picture * 2 + 1) * op.channels + c];
+      bias += sums[picture * 3 * op.channels + c];
+      weight += sums[(picture * 3 + 1) * op.channels + c];
     }
     op.dbias[c] = static_cast<float>(bias);
     op.dweight[c] = static_cast<float>(weight);

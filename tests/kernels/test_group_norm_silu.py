@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forgedit_kernels import group_norm_silu_triton as kernels
 from forgedit_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 
 module = importlib.import_module("forgedit_kernels.group_norm_silu")  # the package's attribute is the op
@@ -32,9 +33,9 @@ UNET = [(64, 320), (64, 960), (32, 320), (32, 640), (32, 960), (32, 1920), (16, 
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The way the work is cut; small tiles, so that the loops of two launches go round and end ragged."""
     if request.param == "two-launches":
-        monkeypatch.setattr(module, "_WHOLE_GROUP", 0)
-        monkeypatch.setattr(module, "_TILE", 128)
-        monkeypatch.setattr(module, "_PARTS", 3)
+        monkeypatch.setattr(kernels, "_WHOLE_GROUP", 0)
+        monkeypatch.setattr(kernels, "_TILE", 128)
+        monkeypatch.setattr(kernels, "_PARTS", 3)
     return request.param
 
 
@@ -90,7 +91,7 @@ def test_triton_is_within_the_error_rule(case: str, dtype: torch.dtype, layout: 
 @pytest.mark.parametrize(("side", "channels"), [(64, 320), (16, 2560)], ids=["two-launches", "one-launch"])
 def test_triton_at_a_real_size(side: int, channels: int) -> None:
     inputs = _inputs((1, channels, side, side), torch.float32, 3.0, shift_rows=1)
-    assert bool(module._blocks(side * side, channels, 32).parts) == (side == 64)
+    assert bool(kernels.blocks_of(side * side, channels, 32).parts) == (side == 64)
     assert _check(group_norm_silu(**inputs, groups=32, backend="triton"), inputs, 32, True)
 
 
@@ -206,22 +207,14 @@ def test_auto_without_the_native_module_takes_the_reference_on_the_cpu_and_keeps
 
 def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {("group_norm_silu", "cpu", "35x12 in 3 channels_last float32"): "triton"}
+    measured["group_norm_silu", "cpu", "35x12 in 3 channels_last float32 grad"] = "native"
     asked: list[object] = []
     monkeypatch.setattr(module, "preferred", lambda op, device, key: measured[op, device.type, key()])
     monkeypatch.setattr(module, "choose", lambda *args: asked.append(args[3]) or "reference")
-    group_norm_silu(**_inputs((2, 12, 5, 7), torch.float32), groups=3)
-    assert asked == ["triton"]
-
-
-def test_the_reference_gives_gradients_and_the_kernel_refuses() -> None:
-    inputs = _inputs((1, 6, 3, 3), torch.float32, layout="channels-last")  # torch's own backward dies here on the CPU
-    inputs["weight"].requires_grad_()
-    group_norm_silu(**inputs, groups=2).sum().backward()
-    assert inputs["weight"].grad is not None
-    with pytest.raises(RuntimeError, match="it computes no gradients"):
-        group_norm_silu(**inputs, groups=2, backend="triton")
-    with torch.no_grad():
-        group_norm_silu(**inputs, groups=2, backend="triton")
+    inputs = _inputs((2, 12, 5, 7), torch.float32)
+    group_norm_silu(**inputs, groups=3)
+    group_norm_silu(**inputs | {"bias": inputs["bias"].requires_grad_()}, groups=3)
+    assert asked == ["triton", "native"]
 
 
 def test_what_the_kernel_does_not_take() -> None:

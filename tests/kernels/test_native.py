@@ -280,11 +280,9 @@ def test_group_norm_silu_takes_the_native_op(shift_rows: int, dtype: torch.dtype
 @needs_native
 def test_group_norm_silu_takes_the_reference_where_the_native_op_does_not_run() -> None:
     x, weight, bias = _random(2, 8, 3, 3), torch.ones(8), torch.zeros(8)
-    grown = weight.clone().requires_grad_()
     last = x.contiguous(memory_format=torch.channels_last)
     for reason, arguments in {
         "x must be channels_last": (x, weight, bias),
-        "it computes no gradients": (last, grown, bias),
         "got torch.float16": (last.half(), weight.half(), bias.half()),
     }.items():
         expected = group_norm_silu(*arguments, 4, backend="reference")
