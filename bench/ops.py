@@ -1,16 +1,19 @@
 """Ops against their baselines, in one run: `python -m bench.ops [--threads 1 2]`.
 
 merge_weights: our native module and our reference against torch's `_foreach` functions, all writing given tensors.
+group_norm_silu training: forward pass and all gradients, against torch's own ops on the same channels-last data.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.nn.functional import group_norm, silu
 
 from bench.measure import Row, append, check, time_calls
-from forgedit_kernels import available_backends, merge_weights, merge_weights_reference
+from forgedit_kernels import available_backends, group_norm_silu, merge_weights, merge_weights_reference
 
 CPU = torch.device("cpu")
 KEEP = 0.3
@@ -21,6 +24,9 @@ UNETS = {
     # a small UNet of the same blocks, the size of the bundled one: many tensors, few elements each
     "small-unet-encoder": {"sample_size": 16, "cross_attention_dim": 128, "block_out_channels": (64, 96, 128, 128)},
 }
+
+# Maps of the bundled UNet for a 64x64 photo, 10 at once as tuning has them: side, channels
+NORMS = ((16, 64), (16, 160), (8, 96), (4, 128), (4, 288), (2, 160), (2, 320))
 
 Tensors = list[torch.Tensor]
 
@@ -87,9 +93,7 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / time_calls(lambda: target.copy_(source), CPU, calls=5).p50_s
 
 
-def bench_merge_weights(threads: int) -> None:
-    torch.set_num_threads(threads)
-    bandwidth = copy_bandwidth()
+def bench_merge_weights(threads: int, bandwidth: float) -> None:
     for case, config in UNETS.items():
         shapes = encoder_shapes(config)
         full_size = case.startswith("sd14")
@@ -111,11 +115,53 @@ def bench_merge_weights(threads: int) -> None:
                 print(f"{case:20} {row.dtype:9} threads {threads} {backend:34} {milliseconds}", flush=True)
 
 
+def torch_group_norm_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, shift: torch.Tensor
+) -> torch.Tensor:
+    """The baseline; the gradients of all tensors are asked for, as torch's backward dies on some subsets of them."""
+    return silu(group_norm(x + shift[:, :, None, None], groups, weight, bias))
+
+
+def train_norm(op: Callable[..., torch.Tensor], tensors: Tensors, groups: int = 16) -> Tensors:
+    """The output and the gradients of x, weight, bias and shift; tensors: these, then the output's gradient."""
+    own = [tensor.detach().requires_grad_() for tensor in tensors[:4]]
+    y = op(*own[:3], groups, shift=own[3])
+    return [y.detach(), *torch.autograd.grad(y, own, tensors[4])]
+
+
+def bench_group_norm_silu(threads: int, bandwidth: float) -> None:
+    backends = {b: partial(group_norm_silu, backend=b) for b in available_backends(CPU)}
+    backends["torch group_norm, silu"] = torch_group_norm_silu
+    for side, channels in NORMS:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(10, channels, side, side), (channels,), (channels,), (10, channels), (10, channels, side, side)]
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        tensors = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
+        truth = train_norm(backends["reference"], [x.double() for x in tensors])
+        scale = max(float(x.abs().max()) for x in truth)
+
+        def error(got: Tensors, truth: Tensors = truth) -> float:
+            return torch.stack([(x - y).abs().max() for x, y in zip(got, truth, strict=True)]).max().item()
+
+        allowed = 2 * error(train_norm(backends["reference"], tensors)) + 2**-22 * scale
+        for backend, op in backends.items():
+            call = partial(train_norm, op, tensors)
+            worst = check(f"group_norm_silu training {backend}", error(call()), allowed)
+            timing = time_calls(call, CPU, warmup=3, calls=50)
+            share = 5 * tensors[0].nbytes / timing.p50_s / bandwidth  # read x, write y; read x and dy, write dx
+            case = f"{side}x{side}x{channels} batch 10"
+            append("ops", Row("group_norm_silu training", case, backend, "float32", timing, worst, share), CPU)
+            print(f"{case:20} float32   threads {threads} {backend:34} {timing.p50_s * 1e3:9.3f} ms", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure (default 1 2)")
     for threads in parser.parse_args().threads:
-        bench_merge_weights(threads)
+        torch.set_num_threads(threads)
+        bandwidth = copy_bandwidth()
+        bench_merge_weights(threads, bandwidth)
+        bench_group_norm_silu(threads, bandwidth)
 
 
 if __name__ == "__main__":
