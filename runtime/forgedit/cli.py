@@ -1,4 +1,4 @@
-"""The command line: edit, tune, sweep, caption, info, demo, profile, autotune.
+"""The command line: edit, tune, sweep, export, caption, info, demo, profile, autotune.
 
 Exit codes: 0 done; 1 the machine or the model failed; 2 wrong input, nothing was written; 130 interrupted, what was
 finished is kept.
@@ -124,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--save", metavar="FILE", type=Path, required=True)
     sub.add_argument("--delta", choices=DELTA_FORMATS, help=delta_help)
     add_flags(sub, TuneConfig)
+    sub = command("export", "write a session's change of the UNet as a LoRA for diffusers, and say what that loses")
+    sub.add_argument("session", metavar="SESSION", type=Path)
+    sub.add_argument("--lora", metavar="FILE", type=Path, required=True)
+    sub.add_argument("--rank", type=int, required=True, help="of each weight's change; a higher one loses less")
+    sub.add_argument("--strategy", default="none", help="what is forgotten first, as in edit (default none)")
+    sub.add_argument("--keep", type=float, default=0.0, help="share of it that is kept (default 0)")
     command("caption", "say what is in a photo").add_argument("photo", metavar="PHOTO", type=Path)
     command("info", "say what the model, the machine and the recommended settings are")
     sub = command("autotune", "measure which backend is fastest on this device at the model's shapes, and keep that")
@@ -146,12 +152,16 @@ def _bytes(text: str) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     _set_machine(args)
-    job = None if args.command in ("info", "autotune") else check_job(args)
+    if args.command == "export":
+        _check_export(args)
+    job = None if args.command in ("info", "autotune", "export") else check_job(args)
     begin = time.perf_counter()
     editor = _editor(args, args.numerics)
     load_seconds = time.perf_counter() - begin
     if args.command == "autotune":
         return _autotune(args, editor, console)
+    if args.command == "export":
+        return _export(args, editor, console)
     if job is None:
         facts = {**editor.info(), "threads": torch.get_num_threads(), "recommended": asdict(editor.defaults)}
         console.event("info", **facts)
@@ -199,6 +209,30 @@ def _autotune(args: argparse.Namespace, editor: Editor, console: Console) -> int
     path = autotune(shapes, model.alphas_cumprod.device, on_result=tell)
     console.event("table", path=str(path))
     console.text(f"table: {path}")
+    return 0
+
+
+def _check_export(args: argparse.Namespace) -> None:
+    """Raises: InputError for places, before a model is loaded."""
+    if not args.session.is_file():
+        raise InputError(f"no session {str(args.session)!r}; expected a file that `tune --save` wrote")
+    if args.lora.resolve() == args.session.resolve():
+        raise InputError(f"--lora {str(args.lora)!r} is the session; choose another file")
+    if not args.lora.parent.is_dir() or args.lora.is_dir():
+        raise InputError(f"cannot write to {str(args.lora)!r}; expected a file's name in a folder that is there")
+
+
+def _export(args: argparse.Namespace, editor: Editor, console: Console) -> int:
+    session = editor.load_session(args.session)
+    try:
+        saved = session.export_lora(args.lora, args.rank, strategy=args.strategy, keep=args.keep)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    console.event("lora", **asdict(saved) | {"path": str(saved.path)})
+    loss = f"relative error of the change {saved.relative_error:.2g}"
+    console.text(f"LoRA: {saved.path}, rank {saved.rank}, {saved.num_bytes:,} bytes, {loss}")
+    least = f"alone an error of {saved.left_out_error:.2g}"
+    console.text(f"left out, as no LoRA holds them: {len(saved.left_out)} biases, norms and the like, {least}")
     return 0
 
 

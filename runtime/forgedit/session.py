@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from forgedit.apply import apply_weights, merged_weights
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
 from forgedit.delta import check_delta, pack_weight, squared_distance, unpack_weight
 from forgedit.errors import SessionError
+from forgedit.lora import SavedLora, write_lora
 from forgedit.progress import OnStep
 from forgedit.session_file import read_session_file, write_session_file
 from forgedit.stages.encode import Prompt
@@ -154,6 +156,48 @@ class Session:
         }
         num_bytes = write_session_file(path, tensors, record, self.editor.fingerprint)
         return SavedSession(path, delta, num_bytes, relative_error)
+
+    def apply_to(
+        self,
+        unet: Any,
+        text_encoder: Any = None,
+        *,
+        strategy: str = "none",
+        keep: float = 0.0,
+        check_base: bool = True,
+    ) -> None:
+        """Write the tuned weights, with forgetting, into a plain UNet2DConditionModel of yours, such as a pipe's.
+
+        unet, text_encoder: modules of the base model, in any float dtype and layout, on any device; each weight is
+            merged in the editor's dtype and then rounded once. A DreamBooth session needs the text encoder too
+        strategy, keep: what is forgotten, as in EditConfig
+        check_base: compare every weight that this session does not write with the base model's, rounded alike. Those it
+            writes are not compared: it replaces them whole, so that another session or strategy of the same profile
+            may follow on the same module
+        Raises: ValueError for another architecture or another base model, weights that are quantised, offloaded or
+            shared with the editor (Editor.from_pipe), an unknown strategy, or keep; no weight has been touched then
+        """
+        parts = {"unet": unet} if text_encoder is None else {"unet": unet, "text_encoder": text_encoder}
+        apply_weights(parts, self.tuned, self.editor.originals(), strategy, keep, check_base)
+
+    def export_lora(self, path: str | Path, rank: int, *, strategy: str = "none", keep: float = 0.0) -> SavedLora:
+        """Write the tuned weights' change as a LoRA that diffusers' load_lora_weights reads, atomically.
+
+        path: its folder must be there; rank: of every pair of matrices, 1 to the longest of the weights' shorter sides
+        strategy, keep: what is forgotten, as in EditConfig; weights that are forgotten whole are not in the file
+        The source embedding, without which there is no edit, goes into the metadata: lora.source_embedding reads it.
+        Raises: ValueError for rank, strategy or keep, or a change that is not finite; OSError, with no partial file
+        """
+        words = {"caption": self.caption, "strategy": strategy, "keep": keep}
+        return write_lora(
+            Path(path),
+            rank,
+            parts={"unet": self.editor.model.unet, "text_encoder": self.editor.model.text_encoder},
+            merged=merged_weights(self.tuned, self.editor.originals(), strategy, keep),
+            original={name: self.editor.originals()[name] for name in self.tuned},
+            embedding=self.embedding,
+            record=words | {"base_fingerprint": self.editor.fingerprint},
+        )
 
     def _packed(self, delta: str) -> tuple[dict[str, Tensor], float]:
         """Tensors to store, on the CPU, and the relative error of what will be restored from them."""
