@@ -95,8 +95,12 @@ def _blocks(values: Tensor) -> Tensor:
 @torch.no_grad()
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|^2, Euclidean: differences, squares and sum in float64, on their device. Returns: float64, no dimension"""
-    difference = a.double().sub_(b).flatten()
-    return difference.dot(difference)
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    part = 2**16 if a.device.type == "cpu" else max(a.numel(), 1)  # on a CPU what stays in the cache is 8 times as fast
+    for some, other in zip(a.flatten().split(part), b.flatten().split(part), strict=True):
+        difference = some.double().sub_(other)
+        total += difference.dot(difference)
+    return total
 
 
 def check_delta(delta: str) -> None:

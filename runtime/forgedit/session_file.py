@@ -1,8 +1,8 @@
 """The session file: one safetensors file of tensors and a record, and the checks before any of it is believed.
 
 Metadata: format_version; base_fingerprint, of the model it was tuned on; record, what is no tensor, as JSON;
-payload_sha256, over all other metadata and each tensor's own SHA-256, as a flipped bit loads silently otherwise. Tensors
-are hashed in as many threads as torch computes with: one thread's SHA-256 is slower than a disk.
+payload_sha256, over all other metadata and each tensor's own SHA-256, as a flipped bit loads silently otherwise.
+Tensors are hashed in as many threads as torch computes with: one thread's SHA-256 is slower than a disk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """Packed weights against float64: bounds for every format, and plausible wrong packings that must break them."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from forgedit import TuneConfig
 from forgedit.delta import BLOCK, DELTA_FORMATS, pack_weight, unpack_weight
 
 ROUNDED = DELTA_FORMATS[1:]
@@ -182,3 +187,81 @@ def test_unknown_format():
         pack_weight(torch.zeros(1), torch.zeros(1), "int2")
     with pytest.raises(ValueError, match="unknown delta"):
         unpack_weight(torch.zeros(1), None, torch.zeros(1), "int2")
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the bytes copied between the host and a device; the device may be meta, where no values are.
+
+    to_host, to_device: bytes; numbers: single values that Python read
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.to_host = self.to_device = self.numbers = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op is torch.ops.aten._local_scalar_dense.default:
+            self.numbers += 1
+            return True if args[0].is_meta else op(*args, **kwargs)
+        device = kwargs.get("device")
+        if op is not torch.ops.aten._to_copy.default or device is None or device == args[0].device:
+            return op(*args, **kwargs)
+        if device.type != "cpu":
+            self.to_device += args[0].nbytes
+            return op(*args, **kwargs)
+        self.to_host += args[0].nbytes
+        return torch.empty_like(args[0], device=device) if args[0].is_meta else op(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def session(editor, photo):
+    return editor.tune(photo, TuneConfig(num_steps=1, batch_size=1, caption="a cat"))
+
+
+def elsewhere(session, device):
+    """The session as an editor on that device would have it."""
+    original = {name: session.editor.originals()[name].to(device) for name in session.tuned}
+    tuned = {name: weight.to(device) for name, weight in session.tuned.items()}
+    held = SimpleNamespace(originals=lambda: original)
+    return replace(session, editor=held, tuned=tuned, embedding=session.embedding.to(device))
+
+
+DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", DELTA_FORMATS)
+def test_only_packed_bytes_cross(session, form, device):
+    """Each of them once: saving brings them to the host, loading to the device, where they are unpacked."""
+    session = elsewhere(session, device)
+    with Crossings() as saving:
+        packed, _ = session._packed(form)
+    assert all(tensor.device.type == "cpu" for tensor in packed.values())
+    assert (saving.to_host, saving.to_device) == (sum(tensor.nbytes for tensor in packed.values()), 0)
+    assert saving.numbers <= len(session.tuned) + 3  # is it finite, a weight; the error of all
+    with Crossings() as loading:
+        for name, original in session.editor.originals().items():
+            restored = unpack_weight(packed[name], packed.get(name + ":scales"), original, form)
+            assert (restored.device, restored.shape) == (original.device, original.shape)
+    assert (loading.to_host, loading.to_device, loading.numbers) == (0, saving.to_host, 0)
+
+
+def test_a_detour_over_the_host_is_seen(session):
+    name = "unet.up_blocks.1.resnets.0.conv1.weight"
+    original = session.editor.originals()[name].to("meta")
+    values, scales = pack_weight(session.tuned[name], session.editor.originals()[name], "int8")
+    with Crossings() as crossings:
+        (values.float() * scales.repeat_interleave(BLOCK)[: values.numel()].view_as(values)).to(original.device)
+    assert crossings.to_device > 3 * (values.nbytes + scales.nbytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ROUNDED)
+@pytest.mark.parametrize("shape", [(65,), (1280, 320, 3, 3)], ids=str)
+def test_on_a_gpu_the_same_bound_holds(form, shape):
+    delta = weights(shape).cuda()
+    values, scales = pack_weight(delta, torch.zeros_like(delta), form)
+    assert values.is_cuda and scales.is_cuda
+    restored = unpack_weight(values.cpu(), scales.cpu(), torch.zeros_like(delta), form)
+    assert restored.is_cuda and not broken(delta.cpu(), restored.cpu(), form)
