@@ -168,9 +168,12 @@ FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, double* sums, si
     const float* stats = op.stats + picture * 2 * op.groups;
     float *dx = op.dx + picture * all, *dshift = op.dshift + picture * channels;
     double *sum = sums + picture * 3 * channels, *dots = sum + channels, *normed = dots + channels;
-    for (size_t c = 0; c < channels; ++c) {
-      center[c] = stats[c / width] - (op.shift ? op.shift[picture * op.shift_stride + c] : 0.0f);
-      rstd[c] = stats[op.groups + c / width];
+    for (size_t first = 0; first < channels; first += width) {
+      const float mean = stats[first / width], inverse = stats[op.groups + first / width];
+      for (size_t c = first; c < first + width; ++c) {
+        center[c] = mean - (op.shift ? op.shift[picture * op.shift_stride + c] : 0.0f);
+        rstd[c] = inverse;
+      }
     }
     for (size_t at = 0; at < all; at += kShortSum * channels) {
       const size_t elements = std::min(kShortSum * channels, all - at);
@@ -185,9 +188,11 @@ FORGEDIT_INLINE void differentiate(const GroupNormBackward& op, double* sums, si
     for (size_t first = 0; first < channels; first += width) {
       double mean = 0, along = 0;  // of the normalised x's gradients; and of them times the normalised x
       for (size_t c = first; c < first + width; ++c) {
-        mean += op.weight[c] * sum[c] / count;
-        along += op.weight[c] * dots[c] / count;
+        mean += op.weight[c] * sum[c];
+        along += op.weight[c] * dots[c];
       }
+      mean /= count;
+      along /= count;
       for (size_t c = first; c < first + width; ++c) {
         scale[c] = rstd[c] * op.weight[c];
         slope[c] = static_cast<float>(along * rstd[c] * rstd[c]);
@@ -223,17 +228,15 @@ void group_norm_silu(const GroupNorm& op, Dtype dtype, int threads, const std::s
 
 void group_norm_silu_backward(const GroupNormBackward& op, int threads, const std::string& instruction_set) {
   const auto run = choose(instruction_set, differentiate_baseline, differentiate_avx2, differentiate_avx512);
-  std::vector<double> sums(op.batch * 3 * op.channels);
+  std::vector<double> sums(std::max<size_t>(op.batch, 1) * 3 * op.channels);
   const size_t least = (size_t{1} << 15) / std::max<size_t>(op.pixels * op.channels, 1) + 1;  // twice the work
   split(op.batch, least, threads, [&](size_t begin, size_t end) { run(op, sums.data(), begin, end); });
+  for (size_t picture = 1; picture < op.batch; ++picture) {
+    for (size_t i = 0; i < 2 * op.channels; ++i) sums[i] += sums[picture * 3 * op.channels + i];
+  }
   for (size_t c = 0; c < op.channels; ++c) {
-    double bias = 0, weight = 0;
-    for (size_t picture = 0; picture < op.batch; ++picture) {
-      bias += sums[picture * 3 * op.channels + c];
-      weight += sums[(picture * 3 + 1) * op.channels + c];
-    }
-    op.dbias[c] = static_cast<float>(bias);
-    op.dweight[c] = static_cast<float>(weight);
+    op.dbias[c] = static_cast<float>(sums[c]);
+    op.dweight[c] = static_cast<float>(sums[op.channels + c]);
   }
 }
 
