@@ -101,8 +101,18 @@ def world_table(results: Path) -> str:
 
 def denoise_table(results: Path) -> str:
     """One edit's denoising on every path, a block for each model and machine."""
+    return _ladder("denoise", "diffusers", results)
+
+
+def tune_table(results: Path) -> str:
+    """Learning one photo in every way, a block for each model and machine."""
+    return _ladder("tune", "plain loop", results)
+
+
+def _ladder(name: str, baseline: str, results: Path) -> str:
+    """Variants of the same steps, each beside the baseline of its run."""
     blocks = []
-    for run in newest_runs(read("denoise", results), "model", "device"):
+    for run in newest_runs(read(name, results), "model", "device"):
         lines = [
             [
                 f"{row['backend']}, {row['dtype']}",
@@ -113,7 +123,7 @@ def denoise_table(results: Path) -> str:
             ]
             for row in run
         ]
-        heads = [f"{run[-1]['model']}, {run[-1]['case']}", "seconds", "steps a second", "times diffusers", "error"]
+        heads = [f"{run[-1]['model']}, {run[-1]['case']}", "seconds", "steps a second", f"times {baseline}", "error"]
         blocks.append(_table(heads, lines) + f"\n{run[-1]['size']} pixels: {origin(run)}.\n")
     return "\n".join(blocks) or NOT_MEASURED
 
@@ -203,6 +213,7 @@ def _asked(line: EditLine, row: dict[str, Any] | None, value: float | None) -> s
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "denoise": denoise_table,
+    "tune": tune_table,
     "edit": edit_table,
     "equality": equality_table,
     "sessions": sessions_table,
@@ -210,7 +221,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "world": world_table,
 }
 FILES = {
-    ROOT / "README.md": ("stages", "sessions", "denoise", "edit", "equality"),
+    ROOT / "README.md": ("stages", "sessions", "denoise", "tune", "edit", "equality"),
     ROOT / "runtime/forgedit/model/bundled/README.md": ("world",),
 }
 

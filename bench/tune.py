@@ -1,0 +1,305 @@
+"""Learning one photo: the plain loop, the loops people write in half precision, then the engine, in one run.
+
+`python -m bench.tune [--model bundled] [--device cpu] [--threads 1] [--steps 40] [--rounds 3]`
+
+Every variant learns the same photo from the same weights with the same random numbers. On a CPU they take turns, round
+by round, so that a busy machine slows all of them; on a GPU each has the memory to itself. `error` is how far what was
+learned lies from what the plain loop learned, relative to that. Adam's first steps go by signs, so half precision is
+far from float32 wherever a gradient is small: autocast's own distance is the measure.
+"""
+
+import argparse
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from bench import subject as subjects
+from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize, wait
+from bench.subject import Call, Subject
+from forgedit import TuneConfig
+from forgedit.engine.graphs import GraphCache
+from forgedit.engine.learner import DTYPES, Learner, draw
+from forgedit.engine.numerics import true_float32
+from forgedit.engine.tune_plan import Way
+from forgedit.model.fuse import FusedUNet
+from forgedit.stages.tune import trainable_names
+
+BASELINE = "plain loop"
+AUTOCAST = "autocast, fused Adam"
+# Relative distance from the plain loop; of half precision, as a multiple of autocast's own: more is no rounding
+ALLOWED, ALLOWED_TIMES = 0.1, {"fast": 2.0, "lean": 2.0}
+
+Learned = dict[str, Tensor]
+Run = Callable[[], Learned]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRow(Row):
+    """backend: the variant; error: relative distance of what it learned from what the plain loop learned.
+
+    steps: in the timed call; step_s: p50 seconds of one; faster: than BASELINE in this run, by the medians
+    """
+
+    model: str
+    size: str
+    steps: int
+    batch: int
+    step_s: float
+    faster: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One photo to learn. call: the plain path's stage with the editor's arguments, on weights that are the originals;
+    original: those of the UNet by name."""
+
+    call: Call
+    original: Learned
+
+    @property
+    def config(self) -> TuneConfig:
+        config: TuneConfig = self.call.arguments["config"]
+        return config
+
+    @property
+    def names(self) -> list[str]:
+        return list(trainable_names(self.original, self.config.profile))
+
+    def __getattr__(self, name: str) -> Any:
+        return self.call.arguments[name]
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.config.seed)
+
+
+def task_of(subject: Subject, steps: int, batch: int | None = None) -> Task:
+    """The model's own settings, but for the number of steps, none of which stops early."""
+    config = subject.editor.defaults.tune
+    config = config.replace(num_steps=steps, loss_threshold=0.0, batch_size=batch or config.batch_size)
+    config = config.replace(caption="a photo of a blue heart")
+    call = subject.call("tune", lambda: subject.editor.tune(subject.photo, config))
+    original = {name: weight.detach().clone() for name, weight in call.arguments["unet"].named_parameters()}
+    return Task(replace(call, arguments=call.arguments | {"on_step": _ignore}), original)
+
+
+def plain_loop(task: Task) -> Run:
+    """The method's own path: diffusers' modules in float32, torch's Adam."""
+    unet = copy.deepcopy(task.unet)
+
+    def run() -> Learned:
+        _load(unet, task.original)
+        task.call(unet=unet, generator=task.generator())
+        return _learned(unet, task.names)
+
+    return run
+
+
+def autocast_loop(task: Task, optimizer: Callable[..., Any], prepare: Any = None) -> Run:
+    """As one would write it in half precision: float32 weights under bfloat16 autocast.
+
+    optimizer: made of parameter groups and eps; prepare: changes the module, such as by torch.compile
+    """
+    unet = copy.deepcopy(task.unet).requires_grad_(False)
+    chosen = [unet.get_parameter(name).requires_grad_() for name in task.names]
+    called, config, device = prepare(unet) if prepare else unet, task.config, task.latents.device.type
+
+    def run() -> Learned:
+        _load(unet, task.original)
+        source = task.embedding.clone().requires_grad_()
+        groups = [dict(params=chosen, lr=config.unet_lr), dict(params=[source], lr=config.embedding_lr)]
+        stepper = optimizer(groups, eps=config.eps)
+        drawn = draw(task.latents, task.alphas_cumprod, task.prediction_type, config, task.generator())
+        for noisy, timesteps, target in zip(*drawn, strict=True):
+            with torch.autocast(device, torch.bfloat16):
+                answer = called(noisy, timesteps, source.expand(len(noisy), -1, -1), return_dict=False)[0]
+            stepper.zero_grad()
+            (mse_loss(answer.float(), target) * config.loss_scale).backward()
+            stepper.step()
+        return _learned(unet, task.names)
+
+    return run
+
+
+def engine(
+    task: Task, mode: str, rows: int | None = None, twice: bool = False, backend: str = "auto", graphs: bool = True
+) -> Run:
+    """The engine, resident: made once, then one photo after another. rows: of a pass; twice: checkpointing"""
+    config, device = task.config, task.latents.device
+    unet = FusedUNet(task.unet, DTYPES[mode], backend)
+    names, cache = [f"unet.{name}" for name in task.names], GraphCache(device, *([] if graphs else [0]))
+    original = {f"unet.{name}": weight for name, weight in task.original.items()}
+    way = Way(mode, rows or config.batch_size, twice)
+    learner = Learner(unet, original, task.text_encoder, names, config, way, backend, cache)
+
+    def run() -> Learned:
+        for name, weight in unet.weights.items():
+            weight.copy_(task.original[name])
+        given = (task.latents, task.embedding, task.token_ids, task.alphas_cumprod, task.prediction_type)
+        learned = learner.learn(*given, config, task.generator(), _ignore)
+        return {name.removeprefix("unet."): weight for name, weight in learned.tuned.items()}
+
+    return run
+
+
+def variants(task: Task, compiled: bool = False) -> Iterator[tuple[str, str, Callable[[], Run]]]:
+    """Name, mode ('' for loops), and how to make it, in the order of the table."""
+    on_gpu = task.latents.is_cuda
+    batch = task.config.batch_size
+    adam = partial(torch.optim.Adam, fused=True)
+    yield BASELINE, "", partial(plain_loop, task)
+    yield AUTOCAST, "", partial(autocast_loop, task, adam)
+    if compiled:
+        yield f"{AUTOCAST}, torch.compile", "", partial(autocast_loop, task, adam, torch.compile)
+    if on_gpu:
+        yield "autocast, bitsandbytes Adam8bit", "", partial(autocast_loop, task, _adam8bit())
+    yield "1 our layout", "exact", partial(engine, task, "exact", backend="reference", graphs=False)
+    yield "2 + our kernels", "exact", partial(engine, task, "exact", graphs=False)
+    if on_gpu:
+        yield "3 + graphs", "exact", partial(engine, task, "exact")
+        yield "without graphs", "fast", partial(engine, task, "fast", graphs=False)
+    yield "the engine", "fast", partial(engine, task, "fast")
+    yield "the engine", "lean", partial(engine, task, "lean")
+    yield "the engine, layers' insides computed twice", "lean", partial(engine, task, "lean", twice=True)
+    if batch % 2 == 0:
+        yield "the engine, half the rows at once", "lean", partial(engine, task, "lean", rows=batch // 2)
+
+
+def measure(subject: Subject, task: Task, rounds: int, only: str | None, compiled: bool = False) -> list[TuneRow]:
+    """Rows of all variants, or of those whose name holds `only`, with the plain loop and autocast.
+
+    Raises: RuntimeError for a variant whose weights are wrong
+    """
+    chosen = [v for v in variants(task, compiled) if only is None or only in v[0] or v[0] in (BASELINE, AUTOCAST)]
+    device, config = subject.device, task.config
+    truth: Learned = {}
+    autocast = 0.0
+    cold: dict[tuple[str, str], float] = {}
+    peaks: dict[tuple[str, str], int | None] = {}
+    errors: dict[tuple[str, str], float] = {}
+    seconds: dict[tuple[str, str], list[float]] = {(name, mode): [] for name, mode, _ in chosen}
+    runs: dict[tuple[str, str], Run] = {}
+    for name, mode, make in chosen:
+        with _numerics(name, mode):
+            reset_peak(device)
+            start = time.perf_counter()
+            run = make()
+            made = run()
+            wait(device)
+            key = name, mode
+            cold[key] = time.perf_counter() - start
+            peaks[key] = peak_bytes(device)
+            if not truth:
+                truth = made
+            distance = _distance(made, truth, task.original)
+            autocast = distance if name == AUTOCAST else autocast
+            half = mode in ALLOWED_TIMES
+            allowed = ALLOWED_TIMES[mode] * autocast if half else ALLOWED if mode else float("inf")
+            errors[key] = check(f"{name} {mode}", distance, allowed)
+            if device.type == "cuda":
+                seconds[key] = [_timed(run, device) for _ in range(rounds)]
+                del run, made
+                gc.collect()
+                torch.cuda.empty_cache()
+            else:
+                runs[key] = run
+    for _ in range(rounds if runs else 0):
+        for (name, mode), run in runs.items():
+            with _numerics(name, mode):
+                seconds[name, mode].append(_timed(run, device))
+    timings = {key: summarize(cold[key], seconds[key], peaks[key]) for key in seconds}
+    base = timings[BASELINE, ""].p50_s
+    return [
+        TuneRow(
+            op="tune",
+            case=f"{config.num_steps} steps of {config.batch_size}",
+            backend=f"{name}, {mode}" if mode else name,
+            dtype=str(DTYPES[mode])[6:] if mode else "float32" if name == BASELINE else "bfloat16",
+            timing=timings[name, mode],
+            error=errors[name, mode],
+            model=subject.model,
+            size=subject.size,
+            steps=config.num_steps,
+            batch=config.batch_size,
+            step_s=timings[name, mode].p50_s / config.num_steps,
+            faster=base / timings[name, mode].p50_s,
+        )
+        for name, mode in seconds
+    ]
+
+
+def _timed(run: Run, device: torch.device) -> float:
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def _numerics(name: str, mode: str) -> Any:
+    return true_float32() if name == BASELINE or mode == "exact" else nullcontext()
+
+
+def _distance(one: Learned, other: Learned, original: Learned) -> float:
+    apart = sum((one[name] - other[name]).double().square().sum() for name in other)
+    learned = sum((other[name] - original[name]).double().square().sum() for name in other)
+    return float((torch.as_tensor(apart) / torch.as_tensor(learned)).sqrt())
+
+
+def _load(unet: Any, weights: Learned) -> None:
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            weight.copy_(weights[name])
+
+
+def _learned(unet: Any, names: list[str]) -> Learned:
+    return {name: unet.get_parameter(name).detach().clone() for name in names}
+
+
+def _adam8bit() -> Any:
+    from bitsandbytes.optim import Adam8bit
+
+    return Adam8bit
+
+
+def _ignore(step: int, total: int, loss: float | None) -> None:
+    """Nobody watches."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("bundled", "sd14"), default="bundled")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, help="rows of a step (default: the model's own)")
+    parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument("--only", help="variants whose name holds this, and the baselines")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too, which takes minutes")
+    parser.add_argument("--dry", action="store_true", help="print, and write no row")
+    parser.add_argument("--results", help="folder of tune.jsonl (default bench/results)")
+    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    subject = getattr(subjects, args.model)(args.device)
+    for row in measure(subject, task_of(subject, args.steps, args.batch), args.rounds, args.only, args.compiled):
+        timing = row.timing
+        print(
+            f"{row.backend:52} {timing.p50_s:8.2f} s, {row.faster:5.2f} times {BASELINE}, "
+            f"cold {timing.first_s:7.2f} s, error {row.error:.1e}",
+            flush=True,
+        )
+        if not args.dry:
+            append("tune", row, subject.device, args.results, args.commit)
+
+
+if __name__ == "__main__":
+    main()
