@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import forgedit.engine.sampler
-import forgedit.engine.weights
 import forgedit.model.fuse
 from forgedit import Cancelled, DeadlineExceeded, EditConfig, EditDiverged, Editor, ModelError, SweepConfig, TuneConfig
 from forgedit.config import STRATEGIES, parse_strategy
@@ -22,7 +21,7 @@ from forgedit.model.load import BUNDLED
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.sample import ddim_step, ddim_timesteps
-from forgedit_kernels import available_backends
+from forgedit_kernels import MergePlan, available_backends
 
 TUNE = TuneConfig(num_steps=3, batch_size=2, unet_lr=1e-2, caption="a cat")
 EDIT = EditConfig(strategy="encoderattn", num_steps=4)
@@ -226,15 +225,15 @@ def test_tuning_between_edits_changes_nothing(editor, photo, session):
 
 def test_a_merge_that_fails_half_way_leaves_nothing_behind(session, monkeypatch):
     before = session.edit("a dog", EDIT).latents
-    merge, calls = forgedit.engine.weights.merge_weights, []
+    merge, calls = MergePlan.run, []
 
-    def fail(**arguments):
-        calls.append(arguments["keep"])
+    def fail(plan, keep):
+        calls.append(keep)
         if len(calls) == 2:
             raise RuntimeError("device lost")
-        merge(**arguments)
+        merge(plan, keep)
 
-    monkeypatch.setattr(forgedit.engine.weights, "merge_weights", fail)
+    monkeypatch.setattr(MergePlan, "run", fail)
     with pytest.raises(RuntimeError, match="device lost"):
         session.edit("a dog", replace(EDIT, strategy="decoderattn", keep=0.3))
     assert len(calls) == 2

@@ -82,7 +82,10 @@ class ResidentWeights:
         return True
 
     def _plan(self, of: object | None, names: Sequence[str], tuned: Mapping[str, Tensor]) -> MergePlan:
-        """The merge of these weights, the one listed before if it is still true. of: with what it is kept, if at all."""
+        """The merge of these weights: the one listed before, if that is still true.
+
+        of: with what it is kept; None where there is nothing
+        """
         plans = {} if of is None else self._plans.setdefault(of, {})
         key = frozenset(names)
         kept = plans.pop(key, None)
