@@ -14,6 +14,7 @@ from forgedit.errors import (
     SessionError,
     TuneDiverged,
 )
+from forgedit.lora import SavedLora
 from forgedit.progress import StepEvent
 from forgedit.session import Edit, SavedSession, Session
 
@@ -29,6 +30,7 @@ __all__ = [
     "ForgeditError",
     "InputError",
     "ModelError",
+    "SavedLora",
     "SavedSession",
     "Session",
     "SessionError",

@@ -185,6 +185,20 @@ def test_a_dreambooth_text_encoder_too(dreambooth, pipe, tmp_path):
     assert norm([(ours - theirs).double()]) < 1e-4 * norm([(ours - before).double()])
 
 
+def test_an_edit_by_diffusers_alone(session, pipe, tmp_path):
+    """The README's words: the LoRA, the blended embedding, and diffusers' own loop."""
+    pytest.importorskip("peft", reason="diffusers reads a LoRA with peft alone; it is in the extra 'dev'")
+    saved = session.export_lora(tmp_path / "a.safetensors", 4)
+    loaded = pipeline(pipe)
+    loaded.load_lora_weights(saved.path)
+    target, nothing = loaded.encode_prompt("a dog", loaded.device, 1, True)
+    edit = 1.1 * target + (1 - 1.1) * source_embedding(saved.path).to(target)
+    how = dict(num_inference_steps=1, output_type="latent", latents=random(1, 4, 8, 8), guidance_scale=7.5)
+    latents = loaded(prompt_embeds=edit, negative_prompt_embeds=nothing, **how).images
+    plain = loaded(prompt_embeds=target, negative_prompt_embeds=nothing, **how).images
+    assert latents.isfinite().all() and not torch.allclose(latents, plain)
+
+
 def test_the_source_embedding_is_in_it(session, tmp_path):
     saved = session.export_lora(tmp_path / "a.safetensors", 2, strategy="encoderattn")
     assert torch.equal(source_embedding(saved.path), session.embedding)

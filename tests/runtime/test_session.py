@@ -249,6 +249,36 @@ def test_no_such_file(editor, tmp_path):
         editor.load_session(tmp_path / "none.safetensors")
 
 
+def test_a_loaded_session_does_not_follow_its_file(editor, session, saved):
+    """Another program cuts the file short and writes other bytes into it, in place."""
+    loaded = editor.load_session(saved)
+    with open(saved, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.truncate(0)
+        file.write(b"\xff" * size)
+    assert all(torch.equal(loaded.tuned[name], weight) for name, weight in session.tuned.items())
+
+
+def test_as_many_threads_as_torch_has_give_one_digest(session, saved):
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    digests = set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        digests.add(forgedit.session_file.payload_digest(load_file(saved), metadata))
+    assert digests == {metadata["payload_sha256"]}
+
+
+def test_tensors_that_change_places_are_seen(editor, saved):
+    def swap(tensors, metadata):
+        first, second = (f"unet.up_blocks.{block}.attentions.0.norm.weight" for block in (2, 3))
+        tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+
+    rewrite(saved, swap)
+    with pytest.raises(SessionError, match="altered"):
+        editor.load_session(saved)
+
+
 def test_a_failed_save_leaves_the_old_file(session, saved, monkeypatch):
     old = saved.read_bytes()
 
