@@ -91,13 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         "--numerics",
         choices=tuple(NUMERICS),
         default="exact",
-        help="what edits compute in: exact (float32), fast (bfloat16), fast-float16, or the method's plain path",
+        help="exact (float32), fast (bfloat16), fast-float16, or reference: the method's plain path",
     )
     everywhere.add_argument(
         "--memory",
         metavar="BYTES",
         type=_bytes,
-        help="what edits may hold on the device, such as 8GB; decides how many are made together",
+        help="what may be held on the device, such as 8GB; decides how a photo is learned, and edits made together",
     )
     everywhere.add_argument(
         "--threads",

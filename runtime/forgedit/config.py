@@ -37,7 +37,7 @@ PROFILES["dreambooth"] |= dict(text_encoder_lr=5e-6, loss_threshold=0.0, loss_sc
 # Ways from noise to a picture. 'ddim' is the method's; the others need fewer steps, and are not the reference.
 SCHEDULERS = ("ddim", "dpmsolver++", "unipc")
 
-# How tuning computes: in float32; in bfloat16 with float32 masters; likewise with 8-bit moments, gradients freed at once.
+# How tuning computes: float32; bfloat16 with float32 masters; likewise with 8-bit moments, gradients freed at once.
 TUNE_MODES = ("auto", "exact", "fast", "lean")
 
 BY_PROFILE: Any = None  # a field left at this value takes its profile's preset

@@ -51,8 +51,9 @@ class Editor:
     backend: of forgedit_kernels; an op that does not have the one named chooses for itself
     numerics: what edits compute in. 'exact': our engine in float32; 'fast', 'fast-float16': the same in bfloat16 or
         float16 (tuning in bfloat16); 'reference': the method's plain path, slower
-    memory_bytes: what edits may hold on the device, everything loaded included; decides how many are made together.
-        None takes what there is, on a CPU a fixed number of edits
+    memory_bytes: what may be held on the device, everything loaded included; decides how many edits are made together
+        and how a photo is learned (TuneConfig.memory_bytes stands above it there). None takes what there is, on a CPU
+        a fixed number of edits
     defaults: the settings the model recommends, taken where a call names none
     Raises: ValueError for a backend that cannot run here, or unknown numerics
     """
@@ -189,6 +190,7 @@ class Editor:
             tuned=learned.tuned,
             losses=learned.losses,
             stopped_early=learned.stopped_early,
+            way=learned.way,
             seconds=progress.seconds,
             photo_size=opened.size,
             opacity=opened.getchannel("A") if opened.mode == "RGBA" else None,

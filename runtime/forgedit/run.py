@@ -47,7 +47,8 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             check_edits(configs, session.tuned, editor)
         else:
             session = editor.tune(job.photo, tune_config, console.step, target=job.target)
-            console.text(f"tuned {len(session.losses)} steps in {session.seconds['tune']:.1f} s: {session.caption!r}")
+            how = f"{session.seconds['tune']:.1f} s ({session.way})"
+            console.text(f"tuned {len(session.losses)} steps in {how}: {session.caption!r}")
         if job.save is not None:
             job.save.parent.mkdir(parents=True, exist_ok=True)
             saved = session.save(job.save, job.delta)

@@ -80,6 +80,7 @@ class Session:
     tuned: tuned weights by name, prefixed 'unet.' or 'text_encoder.'; only tensors that were trained
     caption, config: what was learned as the photo's prompt, and how
     losses: one per step, the step that stopped early included; stopped_early: whether there was one
+    way: how it was computed, in words: mode and rows at once of the engine, or the plain path
     seconds: seconds by stage
     photo_size, opacity: of the upright photo, see Edit
     prompts: the prompts already encoded, filled by the editor
@@ -94,6 +95,7 @@ class Session:
     losses: tuple[float, ...] = field(repr=False)
     stopped_early: bool
     seconds: dict[str, float]
+    way: str = ""
     photo_size: tuple[int, int] | None = None
     opacity: Image.Image | None = field(repr=False, default=None)
     prompts: dict[str, Prompt] = field(repr=False, default_factory=dict)
@@ -151,6 +153,7 @@ class Session:
             "losses": self.losses,
             "stopped_early": self.stopped_early,
             "seconds": self.seconds,
+            "way": self.way,
             "photo_size": self.photo_size,
             "delta": delta,
         }
@@ -250,6 +253,7 @@ def _unpacked(editor: Editor, tensors: dict[str, Tensor], record: dict[str, Any]
         losses=tuple(record["losses"]),
         stopped_early=record["stopped_early"],
         seconds=record["seconds"],
+        way=record.get("way", ""),  # files of before it was noted
         photo_size=tuple(size) if (size := record["photo_size"]) else None,
         opacity=None if opacity is None else Image.fromarray(opacity.numpy()),
     )

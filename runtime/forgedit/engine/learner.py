@@ -35,12 +35,13 @@ DTYPES = {"exact": torch.float32, "fast": torch.bfloat16, "lean": torch.bfloat16
 @dataclass(frozen=True)
 class Learned:
     """embedding: e_src [1, T, D]; tuned: float32 weights by name, prefixed 'unet.' or 'text_encoder.', the caller's
-    own; losses: one a step; stopped_early: a bool."""
+    own; losses: one a step; stopped_early: a bool; way: how it was computed, in words."""
 
     embedding: Tensor
     tuned: dict[str, Tensor]
     losses: tuple[float, ...]
     stopped_early: bool
+    way: str
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Learner:
             tuned |= {f"text_encoder.{name}": w.detach().clone() for name, w in self._text.named_parameters()}
         with torch.no_grad():
             source = self._source().detach().clone()
-        return Learned(source, {name: tuned[name] for name in self._names}, tuple(values), stopped_early)
+        return Learned(source, {name: tuned[name] for name in self._names}, tuple(values), stopped_early, str(self.way))
 
     def _begin(self, embedding: Tensor, token_ids: Tensor) -> None:
         """Everything as before the first step."""

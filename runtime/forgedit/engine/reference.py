@@ -63,7 +63,7 @@ class Reference:
             generator=generator,
             on_step=on_step,
         )
-        return Learned(learned.embedding, weights.take(names), learned.losses, learned.stopped_early)
+        return Learned(learned.embedding, weights.take(names), learned.losses, learned.stopped_early, "the plain path")
 
     def load(self, owner: object, tuned: Mapping[str, Tensor], strategy: str, keep: float) -> None:
         """Bring tuned weights, forgotten as the strategy says, into the UNet; nothing if they are there.

@@ -51,7 +51,7 @@ class Resident:
         self._unet = FusedUNet(model.unet, self._dtype, backend)
         named = {f"unet.{name}": weight for name, weight in self._unet.weights.items()}
         self._weights = ResidentWeights(named, original, backend)
-        self._tuner = Tuner(model, original, numerics, self._unet, self._weights, backend)
+        self._tuner = Tuner(model, original, numerics, self._unet, self._weights, backend, memory_bytes)
         self.graphs = graphs
         self._sampler = Sampler(self._unet, graphs, backend)
         self._schedules: dict[tuple[str, int], Schedule] = {}

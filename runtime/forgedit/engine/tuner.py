@@ -28,7 +28,7 @@ class Tuner:
 
     original: float32 weights by name, prefixed; numerics: of the editor, whose mode 'auto' follows
     unet, weights: what edits are sampled on, trained too where a mode computes in its dtype
-    backend: of forgedit_kernels, for every op that has it
+    backend: of forgedit_kernels, for every op that has it; memory_bytes: as the editor's
     """
 
     def __init__(
@@ -39,7 +39,9 @@ class Tuner:
         unet: FusedUNet,
         weights: ResidentWeights,
         backend: str,
+        memory_bytes: int | None = None,
     ) -> None:
+        self._memory_bytes = memory_bytes
         self._model, self._original, self._backend = model, original, backend
         self._mode = "exact" if numerics == "exact" else "fast"
         self._unets = {unet.dtype: (unet, weights)}
@@ -65,7 +67,7 @@ class Tuner:
         Raises: TuneDiverged; RuntimeError if no way fits
         """
         ways = self._ways(config)
-        budget = config.memory_bytes or device_budget(latents.device)
+        budget = config.memory_bytes or self._memory_bytes or device_budget(latents.device)
         start, retried = generator.get_state(), False
         way = ways[0] if budget is None else self._plan(ways, names, config, latents, embedding, budget)
         while True:

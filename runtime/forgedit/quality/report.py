@@ -64,6 +64,7 @@ def make_report(
             "settings": asdict(session.config),
             "losses": list(session.losses),
             "stopped_early": session.stopped_early,
+            "way": session.way,
             "seconds": session.seconds,
         },
         "edits": list(edits),
