@@ -86,14 +86,19 @@ def _group_norm_silu_backward_native(
     silu: bool,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """As group_norm_silu_backward; all gradients come together, whatever is needed of them."""
+    """As group_norm_silu_backward; all gradients come together, whatever is needed of them. It computes in float32:
+    bfloat16 is converted, and each gradient rounded once, which is still faster than torch's chain in bfloat16."""
+    dtype = x.dtype
+    dy, x, weight, bias = (tensor.float() for tensor in (dy, x, weight, bias))
+    shift = None if shift is None else shift.float()
     dx, dshift = torch.empty_like(x), x.new_empty(x.shape[:2])
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     arrays = [dy, x, weight, bias, shift, stats, dx, dshift, dweight, dbias]
     _native("group_norm_silu_backward", x, shift, groups, arrays, silu=silu)
     if shift is not None and len(shift) < len(x):
         dshift = dshift.sum(0, keepdim=True)
-    return tuple(got if needed else None for got, needed in zip((dx, dweight, dbias, dshift), needs, strict=True))
+    gradients = zip((dx, dweight, dbias, dshift), needs, strict=True)
+    return tuple(got.to(dtype) if needed else None for got, needed in gradients)
 
 
 def _native(op: str, x: Tensor, shift: Tensor | None, groups: int, arrays: list[Tensor | None], **rest: Any) -> None:
@@ -139,11 +144,9 @@ class _GroupNormSilu(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _native_obstacle(x: Tensor, with_grad: bool) -> str | None:
+def _native_obstacle(x: Tensor) -> str | None:
     if layout_of(x) != torch.channels_last:
         return f"x must be channels_last, got strides {x.stride()} for shape {list(x.shape)}"
-    if with_grad and x.dtype != torch.float32:
-        return f"an input requires gradients, which it computes in torch.float32, got {x.dtype}"
     return native_obstacle(x.device, x.dtype, _NATIVE_DTYPES)
 
 
@@ -200,7 +203,7 @@ def group_norm_silu(
     chosen = choose(
         "group_norm_silu",
         backend,
-        {"triton": lambda: _triton_obstacle(x, groups), "native": lambda: _native_obstacle(x, with_grad)},
+        {"triton": lambda: _triton_obstacle(x, groups), "native": lambda: _native_obstacle(x)},
         preferred("group_norm_silu", x.device, lambda: shape_key(x, groups) + " grad" * with_grad),
     )
     if chosen == "reference" or not x.numel():
