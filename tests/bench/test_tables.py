@@ -100,7 +100,7 @@ def test_no_rows_are_no_numbers(tmp_path):
 
 
 def test_an_unknown_table_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown table 'speed'; expected one of: denoise, tune, edit, equality, sessions"):
+    with pytest.raises(ValueError, match="unknown table 'speed'; expected one of: denoise, tune, edit, eq"):
         fill(marked("speed"), tmp_path)
 
 
