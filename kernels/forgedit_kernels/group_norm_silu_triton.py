@@ -26,6 +26,7 @@ from torch import Tensor
 from forgedit_kernels.jit import Variant, jit, tl
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # with Triton's names
+TRAINED = ("fp32", "bf16")
 _WHOLE_GROUP = 32768  # elements of a padded group that one program holds: 64 a thread, of float32
 _TILE = 8192  # elements that a program of the two-launch way takes at a time
 LONGEST_ROW = 8192  # channels in the longest row that it takes
@@ -278,14 +279,18 @@ def group_norm_silu_triton(
 def variants() -> list[Variant]:
     """Stable Diffusion's maps at 512x512 pixels: those that take one launch, and those that take two.
 
-    Leaving the statistics for the gradients costs a store: it is compiled in bfloat16 alone.
+    Leaving the statistics for the gradients costs a store: it is compiled in bfloat16 alone. float16 is bfloat16's code:
+    it is compiled at the first size alone.
     """
     found = []
     for side, channels, shifted in SHIPPED:
         blocks = blocks_of(side * side, channels, 32)
         without = {"stats_ptr": None} | ({} if shifted else {"shift_ptr": None})
         kernels = (_statistics_fwd_kernel, _normalise_fwd_kernel) if blocks.parts else (_group_fwd_kernel,)
-        found += shipped(f"{side}x{side}x{channels}", kernels, blocks, without)
+        first = (side, channels, shifted) == SHIPPED[0]
+        found += shipped(
+            f"{side}x{side}x{channels}", kernels, blocks, without, (*TRAINED, *(("fp16",) if first else ()))
+        )
         del without["stats_ptr"]
         found += shipped(f"{side}x{side}x{channels} training", kernels[-1:], blocks, without, ("bf16",))
     return found
@@ -296,7 +301,7 @@ def shipped(
     kernels: Sequence[Any],
     blocks: Blocks,
     without: dict[str, None],
-    dtypes: Sequence[str] = tuple(DTYPES.values()),
+    dtypes: Sequence[str] = TRAINED,
 ) -> list[Variant]:
     """The variants of one of SHIPPED, with SiLU. without: the pointers that are None"""
     constants: dict[str, Any] = {
