@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/native/*
 
-# Appends rows to bench/results/, then makes the README's tables and pictures from them. Some twenty minutes on two free cores.
+# Appends rows to bench/results/, then makes the README's tables and pictures from them. Some thirty minutes on two free cores.
 STAGES = -m pytest -q -rs bench/stages.py --benchmark-columns=median,rounds --threads $(THREADS)
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(STAGES)
@@ -28,6 +28,7 @@ bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.tune --threads $(THREADS)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.edit --pictures 12 --threads $(THREADS)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.equality --threads $(THREADS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m bench.learned --threads $(THREADS)
 	$(MAKE) tables
 
 tables: $(VENV)/.installed-dev
@@ -46,12 +47,13 @@ gpu:
 	    $(GPU) -m pytest -q -rs -m gpu; tests=$$?; \
 	    $(GPU) $(STAGES) -m gpu $(TO); stages=$$?; \
 	    $(GPU) -m bench.equality --device cuda $(TO); equal=$$?; \
+	    $(GPU) -m bench.learned --device cuda $(TO); learned=$$?; \
 	    $(GPU) -m bench.denoise --device cuda $(TO); \
 	    $(GPU) -m bench.denoise --model sd14 --device cuda $(TO); denoise=$$?; \
 	    $(GPU) -m bench.tune --device cuda $(TO); \
 	    $(GPU) -m bench.tune --model sd14 --compiled --device cuda $(TO); tune=$$?; \
 	    $(GPU) -m bench.edit --device cuda $(TO); \
-	    $(GPU) -m bench.edit --model sd14 --device cuda $(TO); exit $$((tests | stages | equal | denoise | tune | $$?)); \
+	    $(GPU) -m bench.edit --model sd14 --device cuda $(TO); exit $$((tests | stages | equal | learned | denoise | tune | $$?)); \
 	} 2>&1 | tee $(LOGS)/gpu.log
 
 clean:

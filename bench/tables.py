@@ -128,6 +128,22 @@ def _ladder(name: str, baseline: str, results: Path) -> str:
     return "\n".join(blocks) or NOT_MEASURED
 
 
+def learned_table(results: Path) -> str:
+    """How near each way of learning comes to the plain path; the newest run of each machine."""
+    blocks = []
+    for run in newest_runs(read("learned", results), "model", "device"):
+        lines = []
+        for row in run:
+            asked = "" if row["allowed"] is None else f"at most {row['allowed']:.3f}"
+            verdict = "" if row["met"] is None else "met" if row["met"] else "**missed**"
+            figures = [f"{row['distance']:.3f}", f"{row['farthest']:.3f}", f"{row['psnr']:.1f} dB"]
+            lines.append([row["backend"], *figures, asked, verdict])
+        heads = ["learned by", "distance of the weights", "farthest", "PSNR of the edit", "asked", ""]
+        words = f"Means of {run[-1]['seeds']} seeds, {run[-1]['steps']} steps, {run[-1]['model']}: {origin(run)}."
+        blocks.append(_table(heads, lines) + f"\n{words}\n")
+    return "\n".join(blocks) or NOT_MEASURED
+
+
 def equality_table(results: Path) -> str:
     """How near each path's edits are to the reference's; the newest run of each machine."""
     blocks = []
@@ -216,12 +232,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tune": tune_table,
     "edit": edit_table,
     "equality": equality_table,
+    "learned": learned_table,
     "sessions": sessions_table,
     "stages": stages_table,
     "world": world_table,
 }
 FILES = {
-    ROOT / "README.md": ("stages", "sessions", "denoise", "tune", "edit", "equality"),
+    ROOT / "README.md": ("stages", "sessions", "denoise", "tune", "edit", "equality", "learned"),
     ROOT / "runtime/forgedit/model/bundled/README.md": ("world",),
 }
 

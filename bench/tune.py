@@ -35,6 +35,7 @@ from forgedit.stages.tune import trainable_names
 
 BASELINE = "plain loop"
 AUTOCAST = "autocast, fused Adam"
+SOURCE = "e_src"  # what is learned beside weights
 # Relative distance from the plain loop; of half precision, as a multiple of autocast's own: more is no rounding
 ALLOWED, ALLOWED_TIMES = 0.1, {"fast": 2.0, "lean": 2.0}
 
@@ -97,8 +98,8 @@ def plain_loop(task: Task) -> Run:
 
     def run() -> Learned:
         _load(unet, task.original)
-        task.call(unet=unet, generator=task.generator())
-        return _learned(unet, task.names)
+        made = task.call(unet=unet, generator=task.generator())
+        return _learned(unet, task.names) | {SOURCE: made.embedding}
 
     return run
 
@@ -124,7 +125,7 @@ def autocast_loop(task: Task, optimizer: Callable[..., Any], prepare: Any = None
             stepper.zero_grad()
             (mse_loss(answer.float(), target) * config.loss_scale).backward()
             stepper.step()
-        return _learned(unet, task.names)
+        return _learned(unet, task.names) | {SOURCE: source.detach()}
 
     return run
 
@@ -145,7 +146,8 @@ def engine(
             weight.copy_(task.original[name])
         given = (task.latents, task.embedding, task.token_ids, task.alphas_cumprod, task.prediction_type)
         learned = learner.learn(*given, config, task.generator(), _ignore)
-        return {name.removeprefix("unet."): weight for name, weight in learned.tuned.items()}
+        weights = {name.removeprefix("unet."): weight for name, weight in learned.tuned.items()}
+        return weights | {SOURCE: learned.embedding}
 
     return run
 
@@ -199,11 +201,11 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None, compile
             peaks[key] = peak_bytes(device)
             if not truth:
                 truth = made
-            distance = _distance(made, truth, task.original)
-            autocast = distance if name == AUTOCAST else autocast
+            apart = distance(made, truth, task.original)
+            autocast = apart if name == AUTOCAST else autocast
             half = mode in ALLOWED_TIMES
             allowed = ALLOWED_TIMES[mode] * autocast if half else ALLOWED if mode else float("inf")
-            errors[key] = check(f"{name} {mode}", distance, allowed)
+            errors[key] = check(f"{name} {mode}", apart, allowed)
             if device.type == "cuda":
                 seconds[key] = [_timed(run, device) for _ in range(rounds)]
                 del run, made
@@ -248,9 +250,11 @@ def _numerics(name: str, mode: str) -> Any:
     return true_float32() if name == BASELINE or mode == "exact" else nullcontext()
 
 
-def _distance(one: Learned, other: Learned, original: Learned) -> float:
-    apart = sum((one[name] - other[name]).double().square().sum() for name in other)
-    learned = sum((other[name] - original[name]).double().square().sum() for name in other)
+def distance(one: Learned, other: Learned, original: Learned) -> float:
+    """Of two sets of weights, relative to what the second learned."""
+    names = [name for name in other if name in original]
+    apart = sum((one[name] - other[name]).double().square().sum() for name in names)
+    learned = sum((other[name] - original[name]).double().square().sum() for name in names)
     return float((torch.as_tensor(apart) / torch.as_tensor(learned)).sqrt())
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench import tables, tune
+from bench import learned, tables, tune
+from bench.measure import append_line
 from bench.subject import bundled
 
 CPU = torch.device("cpu")
@@ -47,3 +48,15 @@ def test_a_wrong_variant_gets_no_number(subject, task, monkeypatch):
     monkeypatch.setattr(tune, "variants", wrong)
     with pytest.raises(RuntimeError, match="wrong exact is wrong"):
         tune.measure(subject, task, rounds=2, only=None)
+
+
+def test_how_near_each_mode_learns(subject, task, tmp_path):
+    lines = list(learned.lines(subject, task, seeds=2))
+    assert [line["backend"] for line in lines] == ["autocast", "exact", "fast", "lean"]
+    named = {line["backend"]: line for line in lines}
+    assert 0 < named["exact"]["distance"] < 0.1 < named["autocast"]["distance"]
+    assert named["exact"]["psnr"] > named["fast"]["psnr"] > 20
+    assert named["fast"]["met"] == (named["fast"]["distance"] <= 1.1 * named["autocast"]["distance"])
+    for line in lines:
+        append_line("learned", {"model": "bundled", **line}, CPU, tmp_path)
+    assert tables.learned_table(tmp_path).count("\n") == len(lines) + 4
