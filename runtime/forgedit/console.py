@@ -86,22 +86,26 @@ class Console:
 
 @contextmanager
 def showing_log(console: Console) -> Iterator[None]:
-    """Meanwhile what the library warns of is shown on the console: cut prompts, profiles that cannot be used."""
+    """Meanwhile what the library logs is shown on the console: cut prompts, profiles that cannot be used, plans."""
     handler, log = _LogHandler(console), logging.getLogger("forgedit")
+    before = log.level
     log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         yield
     finally:
+        log.setLevel(before)
         log.removeHandler(handler)
 
 
 class _LogHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.warning(record.getMessage())
+        show = self._console.warning if record.levelno >= logging.WARNING else self._console.text
+        show(record.getMessage())
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

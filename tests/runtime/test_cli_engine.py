@@ -67,6 +67,18 @@ def test_too_little_memory_fails_and_leaves_nothing(run, session_file, tmp_path)
     assert not list((tmp_path / "work").iterdir())
 
 
+def test_memory_plans_how_a_photo_is_learned(run, photo, tmp_path):
+    words = ("tune", photo, "--caption", "a cat", "--num-steps", "1", "--batch-size", "4", "--save", "s.safetensors")
+    code, out, err = run(*words, "--memory", "8GB")
+    assert code == 0, err
+    assert "tune: mode exact, 4 rows at once; predicted at most: " in out and "of 8.00 GB, some " in out
+    assert "(mode exact, 4 rows at once)" in out
+    code, out, err = run(*words, "--mode", "lean", "--memory", "1MB")
+    assert code == 1 and "learning this photo needs at least" in err
+    code, out, err = run(*words, "--mode", "quick")
+    assert code == 2 and "expected one of: auto, exact, fast, lean" in err
+
+
 def test_profile(run, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "SIZES", {"cpu": ((64,), 2**16)})  # products and copies that take no time
     code, events, _ = run("profile", photo, "a dog", "--caption", "a cat", "--out", "p", *QUICK_PROFILE, "--json")

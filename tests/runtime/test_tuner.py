@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 from forgedit import Editor, TuneConfig, TuneDiverged
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.learner import DTYPES, Learner, draw
-from forgedit.engine.tune_plan import PassBytes, Way, choose_way, ladder, peak_during, predicted_bytes
+from forgedit.engine.tune_plan import PassCost, Way, choose_way, ladder, peak_during, predicted_bytes
 from forgedit.engine.tuner import Tuner
 from forgedit.model.fuse import FusedUNet
 from forgedit.stages.encode import encode_prompt
@@ -262,7 +262,7 @@ def test_the_prediction_is_within_15_percent(editor, way):
     task = Task(editor, shape=(1, 4, 16, 16))
     unet = FusedUNet(task.model.unet, DTYPES[way.mode])
     tuner = Tuner(task.model, task.original, "exact", unet, None, "auto")
-    passing = tuner._pass_bytes(way, task.names, task.latents, task.embedding)
+    passing = tuner._pass_cost(way, task.names, task.latents, task.embedding)
     trained = [task.original[name] for name in task.names]
     predicted = predicted_bytes(way, trained, task.config, task.latents.numel(), passing)
 
@@ -275,14 +275,14 @@ def test_the_prediction_is_within_15_percent(editor, way):
 
 def test_a_pass_is_measured_by_rows():
     sizes = {1: 100, 2: 130}
-    assert PassBytes(70, 30).of(10) == 370
+    assert PassCost(70, 30, 0.1).of(10) == 370
     held = []
 
     def run(rows):
         held.append(torch.zeros(sizes[rows] * 1000, dtype=torch.uint8))
 
-    measured = PassBytes.measured(run, CPU)
-    assert (measured.fixed, measured.row) == (70_000, 30_000)
+    measured = PassCost.measured(run, CPU)
+    assert (measured.fixed, measured.row) == (70_000, 30_000) and measured.row_seconds > 0
 
 
 def planned(editor, photo, **changes):
@@ -297,10 +297,14 @@ def test_memory_bytes_choose_the_way(folder, photo, caplog):
     with caplog.at_level(logging.INFO, "forgedit"):
         way, roomy = planned(editor, photo, memory_bytes=10**12)
         assert way == EXACT and equal_sessions(roomy, whole)
-        assert "tune: mode exact, 4 rows at once" in caplog.text
+        assert "tune: mode exact, 4 rows at once; predicted at most: " in caplog.text
+        planned(editor, photo, memory_bytes=10**12)
+        assert caplog.text.count("predicted at most") == 1  # the second photo of a size is not planned anew
         needed = {mode: least_budget(editor, photo, mode) for mode in ("exact", "lean")}
         way, tight = planned(editor, photo, memory_bytes=needed["exact"])
-        assert way.mode == "exact" and way.checkpointing and distance(tight.tuned, whole.tuned, editor.originals()) < 0.01
+        assert (
+            way.mode == "exact" and way.checkpointing and distance(tight.tuned, whole.tuned, editor.originals()) < 0.01
+        )
         assert "mode exact does not fit" not in caplog.text
         way, _ = planned(editor, photo, memory_bytes=needed["lean"])
         assert way.mode == "lean" and "mode exact does not fit" in caplog.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,24 +50,33 @@ def ladder(modes: Sequence[str], batch_size: int) -> Iterator[Way]:
 
 
 @dataclass(frozen=True)
-class PassBytes:
-    """What a pass holds at its worst moment, measured: of it the same for any number of rows, and for each row."""
+class PassCost:
+    """What a pass holds at its worst moment, measured: of it the same for any number of rows, and for each row, bytes.
+
+    row_seconds: of one row, in a pass of two
+    """
 
     fixed: int
     row: int
+    row_seconds: float
 
     @classmethod
-    def measured(cls, run: Callable[[int], None], device: torch.device) -> PassBytes:
+    def measured(cls, run: Callable[[int], None], device: torch.device) -> PassCost:
         """run: does a pass of so many rows, at least 1"""
-        run(1)  # what libraries allocate once is no part of it
+        run(2)  # what libraries allocate once, and compile, is no part of it
+        wait(device)
+        start = time.perf_counter()
+        run(2)
+        wait(device)
+        seconds = (time.perf_counter() - start) / 2
         one, two = (peak_during(lambda rows=rows: run(rows), device) for rows in (1, 2))  # type: ignore[misc]
-        return cls(max(2 * one - two, 0), max(two - one, 0))
+        return cls(max(2 * one - two, 0), max(two - one, 0), seconds)
 
     def of(self, rows: int) -> int:
         return self.fixed + rows * self.row
 
 
-def predicted_bytes(way: Way, trained: Sequence[Tensor], config: TuneConfig, latents: int, passing: PassBytes) -> int:
+def predicted_bytes(way: Way, trained: Sequence[Tensor], config: TuneConfig, latents: int, passing: PassCost) -> int:
     """What a learner holds at its worst moment, beside the UNet it trains.
 
     trained: the weights, of any dtype; latents: elements of one picture's
@@ -99,17 +109,23 @@ def choose_way(ways: Iterator[Way], predict: Callable[[Way], int], budget: int) 
     )
 
 
+def wait(device: torch.device) -> None:
+    """For a GPU to have done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_during(work: Callable[[], None], device: torch.device) -> int:
     """The most bytes of tensors that the work held at once beyond those that were there.
 
     On a CPU by torch's profiler, as its allocator keeps no count; that takes some ten times as long as the work.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
-        torch.cuda.synchronize(device)
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()

@@ -12,7 +12,7 @@ from torch import Tensor
 from forgedit.config import TuneConfig
 from forgedit.engine.learner import DTYPES, Learned, Learner
 from forgedit.engine.plan import device_budget, show_bytes
-from forgedit.engine.tune_plan import MODES, PassBytes, Way, choose_way, ladder, predicted_bytes
+from forgedit.engine.tune_plan import MODES, PassCost, Way, choose_way, ladder, predicted_bytes
 from forgedit.engine.weights import ResidentWeights
 from forgedit.errors import TuneDiverged
 from forgedit.model import Model
@@ -47,7 +47,8 @@ class Tuner:
         self._unets = {unet.dtype: (unet, weights)}
         self._shared = unet
         self._learner: tuple[object, Learner] | None = None
-        self._passes: dict[object, PassBytes] = {}
+        self._passes: dict[object, PassCost] = {}
+        self._planned: dict[object, Way] = {}
         self.way: Way | None = None  # of the last photo
 
     def learn(
@@ -66,10 +67,15 @@ class Tuner:
         mode; where memory runs out, the next smaller way goes on. Both are logged, and begin from the first step.
         Raises: TuneDiverged; RuntimeError if no way fits
         """
-        ways = self._ways(config)
-        budget = config.memory_bytes or self._memory_bytes or device_budget(latents.device)
-        start, retried = generator.get_state(), False
-        way = ways[0] if budget is None else self._plan(ways, names, config, latents, embedding, budget)
+        ways, start, retried = self._ways(config), generator.get_state(), False
+        given = config.memory_bytes or self._memory_bytes
+        budget = given or device_budget(latents.device)
+        # planned once, as what the first photo left behind would count against the second
+        plan = (tuple(ways), config.profile, config.num_steps, latents.shape, given)
+        if plan not in self._planned:
+            way = ways[0] if budget is None else self._plan(ways, names, config, latents, embedding, budget)
+            self._planned[plan] = way
+        way = self._planned[plan]
         while True:
             generator.set_state(start)
             try:
@@ -101,7 +107,7 @@ class Tuner:
                     ) from None
                 log.warning("the device ran out of memory in %s; going on in %s", way, smaller[0])
                 self.release()
-                way = smaller[0]
+                way = self._planned[plan] = smaller[0]
 
     def release(self) -> None:
         """Let go of everything that only tuning needs."""
@@ -125,26 +131,32 @@ class Tuner:
         embedding: Tensor,
         budget: int,
     ) -> Way:
-        self._learner = None  # its memory is there to be planned with
-        trained = [self._original[name] for name in names]
-        modules = (self._model.unet, self._model.vae, self._model.text_encoder, self._model.captioner)
-        parameters = [w for part in modules if part is not None for w in part.parameters()]
-        held = sum(w.nbytes for w in parameters)
-        size = sum(w.numel() for w in self._model.unet.parameters())
+        self.release()  # its memory is there to be planned with
+        trained, model = [self._original[name] for name in names], self._model
+        size = sum(w.numel() for w in model.unet.parameters())
+        if latents.is_cuda:
+            held = torch.cuda.memory_allocated(latents.device)
+        else:
+            parts = (model.unet, model.vae, model.text_encoder, model.captioner)
+            held = sum(w.nbytes for part in parts if part is not None for w in part.parameters())
+            held += size * self._shared.dtype.itemsize
 
         def predict(way: Way) -> int:
-            unets = {self._shared.dtype, DTYPES[way.mode]}
-            laid_out = sum(size * dtype.itemsize for dtype in unets)
-            passing = self._pass_bytes(way, names, latents, embedding)
+            laid_out = 0 if DTYPES[way.mode] == self._shared.dtype else size * DTYPES[way.mode].itemsize
+            passing = self._pass_cost(way, names, latents, embedding)
             return held + laid_out + predicted_bytes(way, trained, config, latents[0].numel(), passing)
 
         way, needed = choose_way(iter(ways), predict, budget)
-        log.info("tune: %s, %s of %s", way, show_bytes(needed), show_bytes(budget))
+        self.release()  # what only ways that do not fit would have needed
+        rows = config.num_steps * config.batch_size
+        seconds = rows * self._pass_cost(way, names, latents, embedding).row_seconds
+        peak = f"{show_bytes(needed)} of {show_bytes(budget)}"
+        log.info("tune: %s; predicted at most: %s, some %.0f s", way, peak, seconds)
         if config.mode == "auto" and way.mode != self._mode:
             log.warning("mode %s does not fit into %s; the photo is learned in %s", self._mode, show_bytes(budget), way)
         return way
 
-    def _pass_bytes(self, way: Way, names: Sequence[str], latents: Tensor, embedding: Tensor) -> PassBytes:
+    def _pass_cost(self, way: Way, names: Sequence[str], latents: Tensor, embedding: Tensor) -> PassCost:
         """Measured once for each dtype, size and way of checkpointing; gradients of weights are let go at once."""
         unet, _ = self._unet(DTYPES[way.mode])
         key = (unet.dtype, way.checkpointing, latents.shape[1:], tuple(names))
@@ -162,7 +174,7 @@ class Tuner:
             hooks = [leaf.requires_grad_().register_post_accumulate_grad_hook(_let_go) for leaf in leaves]
             unet.checkpointing = way.checkpointing
             try:
-                self._passes[key] = PassBytes.measured(run, unet.device)
+                self._passes[key] = PassCost.measured(run, unet.device)
             finally:
                 unet.checkpointing = False
                 for leaf, hook in zip(leaves, hooks, strict=True):
