@@ -279,7 +279,7 @@ def group_norm_silu_triton(
 def variants() -> list[Variant]:
     """Stable Diffusion's maps at 512x512 pixels: those that take one launch, and those that take two.
 
-    Leaving the statistics for the gradients costs a store: it is compiled in bfloat16 alone. float16 has bfloat16's code:
+    Leaving the statistics for the gradients costs a store: it is compiled in bfloat16 alone. float16 has the same code:
     it is compiled at the first size alone.
     """
     found = []
