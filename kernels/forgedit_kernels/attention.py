@@ -234,7 +234,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     scale: positive; None takes D ** -0.5
     Returns: [B, N, H, D], contiguous, so that `.flatten(2)` is the tokens [B, N, H * D]
     Raises: ValueError for arguments; RuntimeError if a named backend cannot run
-    Gradients flow through every backend but native; triton's are of first order, and equal in every bit from run to
+    Gradients flow through every backend; triton's and native's are of first order, and equal in every bit from run to
     run. float32 is multiplied as float32, never as TF32, by triton; by reference and sdpa as long as torch's own switch
     for TF32 is off. Measured tables are asked for the shape, such as "d40 n4096 m77 bfloat16", with " grad" after it if
     a gradient is wanted: the fastest forward pass need not have the fastest backward one.
@@ -244,7 +244,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     key = f"d{q.shape[3]} n{q.shape[1]} m{k.shape[1]} {str(q.dtype).removeprefix('torch.')}{' grad' * with_grad}"
     obstacles = {
         "triton": lambda: _triton_obstacle(q, k, v),
-        "native": lambda: attention_native_obstacle(q, k, v),
+        "native": lambda: attention_native_obstacle(q),
         "sdpa": lambda: None,
         "xformers": lambda: xformers_obstacle(q.device, q.dtype),
     }

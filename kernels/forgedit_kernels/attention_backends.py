@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forgedit_kernels.dispatch import HALF, native_module, native_obstacle
@@ -23,16 +26,59 @@ SDPA_KERNELS = {
 
 
 def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """In C++ with torch's number of threads, for the bundled model's short sequences on the CPU."""
+    """In C++ with torch's number of threads; gradients are of first order, and equal in every bit from run to run, for any
+    number of threads too.
+
+    Forward and backward, on one thread with AVX-512, take less time than sdpa's at all shapes measured, from 4 to 4096
+    queries (by 1.1 to 1.5 in float32, 1.1 to 1.6 in bfloat16), except 4 queries and 77 keys in float32 (0.9).
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _NativeAttention.apply(q, k, v, scale)
+    return _native_forward(q, k, v, scale)
+
+
+def _native_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, stats: Tensor | None = None) -> Tensor:
+    """stats: float32 [B, H, 2, N] takes each query's largest scaled score, and the sum of its weights, in base e."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    addresses = [x.data_ptr() for x in (q, k, v, out)]
+    _native().attention(*addresses, 0 if stats is None else stats.data_ptr(), **_native_sizes(q, k, v, scale))
+    return out
+
+
+class _NativeAttention(torch.autograd.Function):
+    """For the gradients q, k, v and two numbers a query are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        stats = torch.empty(q.shape[0], q.shape[2], 2, q.shape[1], dtype=torch.float32)
+        out = _native_forward(q, k, v, scale, stats)
+        ctx.save_for_backward(q, k, v, stats)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, stats = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], *[ctx.needs_input_grad[1] or ctx.needs_input_grad[2]] * 2
+        gradients = [torch.empty(x.shape, dtype=x.dtype) if w else None for x, w in zip((q, k, v), wanted, strict=True)]
+        dout = dout.contiguous()
+        addresses = [x.data_ptr() for x in (dout, q, k, v, stats)]
+        into = [0 if x is None else x.data_ptr() for x in gradients]
+        _native().attention_backward(*addresses, *into, **_native_sizes(q, k, v, ctx.scale))
+        return *gradients, None
+
+
+def _native() -> SimpleNamespace:
     native = native_module()
     assert native is not None, "dispatch chose an absent module"
+    return native
+
+
+def _native_sizes(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict[str, Any]:
+    """What both directions are told beside addresses."""
     batch, queries, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
-    native.attention(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
+    return dict(
         q_strides=q.stride()[:3],
         k_strides=k.stride()[:3],
         v_strides=v.stride()[:3],
@@ -42,19 +88,17 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         keys=k.shape[1],
         dim=dim,
         scale=scale,
+        dtype=str(q.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        instruction_set=native.instruction_sets()[-1],
+        instruction_set=_native().instruction_sets()[-1],
     )
-    return out
 
 
-def attention_native_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def attention_native_obstacle(q: Tensor) -> str | None:
     """What hinders the native module."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "it computes no gradients, and an input requires them; call it under torch.no_grad()"
     if q.shape[3] % 16 or q.shape[3] > 160:
         return f"got head dim {q.shape[3]}, it takes multiples of 16 up to 160"
-    return native_obstacle(q.device, q.dtype, (torch.float32,))
+    return native_obstacle(q.device, q.dtype, (torch.float32, torch.bfloat16))
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, *, kernel: str | None = None) -> Tensor:

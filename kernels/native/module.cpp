@@ -129,16 +129,20 @@ void group_norm_silu_backward(uintptr_t dout, uintptr_t x, uintptr_t weight, uin
 
 using Strides = std::array<size_t, 3>;
 
-void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, const Strides& q_strides, const Strides& k_strides,
-               const Strides& v_strides, size_t batch, size_t heads, size_t queries, size_t keys, size_t dim,
-               float scale, int threads, const std::string& instruction_set) {
-  const auto tokens = [](uintptr_t first, const Strides& strides) {
-    return forgedit::Heads{pointer<const float>(first), strides[0], strides[1], strides[2]};
-  };
-  const forgedit::Attention op{tokens(q, q_strides),
-                               tokens(k, k_strides),
-                               tokens(v, v_strides),
-                               pointer<float>(out),
+forgedit::Heads heads_at(uintptr_t first, const Strides& strides) {
+  return {pointer<const void>(first), strides[0], strides[1], strides[2]};
+}
+
+void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t stats, const Strides& q_strides,
+               const Strides& k_strides, const Strides& v_strides, size_t batch, size_t heads, size_t queries,
+               size_t keys, size_t dim, float scale, const std::string& dtype, int threads,
+               const std::string& instruction_set) {
+  const forgedit::Dtype parsed = parse_wide_dtype(dtype);
+  const forgedit::Attention op{heads_at(q, q_strides),
+                               heads_at(k, k_strides),
+                               heads_at(v, v_strides),
+                               pointer<void>(out),
+                               pointer<float>(stats),
                                batch,
                                heads,
                                queries,
@@ -146,7 +150,30 @@ void attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, const Strid
                                dim,
                                scale};
   nb::gil_scoped_release release;
-  forgedit::attention(op, threads, instruction_set);
+  forgedit::attention(op, parsed, threads, instruction_set);
+}
+
+void attention_backward(uintptr_t dout, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t stats, uintptr_t dq,
+                        uintptr_t dk, uintptr_t dv, const Strides& q_strides, const Strides& k_strides,
+                        const Strides& v_strides, size_t batch, size_t heads, size_t queries, size_t keys, size_t dim,
+                        float scale, const std::string& dtype, int threads, const std::string& instruction_set) {
+  const forgedit::Dtype parsed = parse_wide_dtype(dtype);
+  const forgedit::AttentionBackward op{heads_at(q, q_strides),
+                                       heads_at(k, k_strides),
+                                       heads_at(v, v_strides),
+                                       pointer<const void>(dout),
+                                       pointer<const float>(stats),
+                                       pointer<void>(dq),
+                                       pointer<void>(dk),
+                                       pointer<void>(dv),
+                                       batch,
+                                       heads,
+                                       queries,
+                                       keys,
+                                       dim,
+                                       scale};
+  nb::gil_scoped_release release;
+  forgedit::attention_backward(op, parsed, threads, instruction_set);
 }
 
 // Addresses of param, gradient, moment, square and copy, then the count.
@@ -236,9 +263,16 @@ NB_MODULE(_native, m) {
         nb::arg("dbias"), nb::kw_only(), nb::arg("batch"), nb::arg("pixels"), nb::arg("channels"), nb::arg("groups"),
         nb::arg("shift_stride"), nb::arg("silu"), nb::arg("threads"), nb::arg("instruction_set"),
         "Its gradients in float32, dshift [batch, channels] one for each picture.");
-  m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::kw_only(),
-        nb::arg("q_strides"), nb::arg("k_strides"), nb::arg("v_strides"), nb::arg("batch"), nb::arg("heads"),
-        nb::arg("queries"), nb::arg("keys"), nb::arg("dim"), nb::arg("scale"), nb::arg("threads"),
+  m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("stats") = 0,
+        nb::kw_only(), nb::arg("q_strides"), nb::arg("k_strides"), nb::arg("v_strides"), nb::arg("batch"),
+        nb::arg("heads"), nb::arg("queries"), nb::arg("keys"), nb::arg("dim"), nb::arg("scale"), nb::arg("dtype"),
+        nb::arg("threads"), nb::arg("instruction_set"),
+        "Attention of float32 or bfloat16 tokens; strides in elements along the batch, the tokens and the heads; stats "
+        "float32 [batch, heads, 2, queries]: takes each query's largest score and the sum of its weights.");
+  m.def("attention_backward", &attention_backward, nb::arg("dout"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
+        nb::arg("stats"), nb::arg("dq"), nb::arg("dk"), nb::arg("dv"), nb::kw_only(), nb::arg("q_strides"),
+        nb::arg("k_strides"), nb::arg("v_strides"), nb::arg("batch"), nb::arg("heads"), nb::arg("queries"),
+        nb::arg("keys"), nb::arg("dim"), nb::arg("scale"), nb::arg("dtype"), nb::arg("threads"),
         nb::arg("instruction_set"),
-        "Attention of float32 tokens; strides in elements along the batch, the tokens and the heads.");
+        "Its gradients, contiguous and in the tokens' dtype; 0 for a dq, or for dk and dv, not wanted.");
 }

@@ -23,14 +23,15 @@ struct Register {
 #endif
 };
 
-// The register's worth of floats that begin at `place`.
+// The register's worth of floats that begin at `place`. By its own type: an `auto&` would forget
+// that it need not be aligned.
 template <int LANES>
-FORGEDIT_INLINE auto& lanes_at(float* place) {
+FORGEDIT_INLINE typename Register<LANES>::InMemory& lanes_at(float* place) {
   return *reinterpret_cast<typename Register<LANES>::InMemory*>(place);
 }
 
 template <int LANES>
-FORGEDIT_INLINE const auto& lanes_at(const float* place) {
+FORGEDIT_INLINE const typename Register<LANES>::InMemory& lanes_at(const float* place) {
   return *reinterpret_cast<const typename Register<LANES>::InMemory*>(place);
 }
 

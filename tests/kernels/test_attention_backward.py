@@ -1,4 +1,7 @@
-"""Attention's gradients against those of its reference in float64; without a GPU in Triton's interpreter."""
+"""Attention's gradients against those of its reference in float64: Triton's, without a GPU in its interpreter, and the
+native module's, on every instruction set the processor runs. One long file, as they share inputs, rule and
+wrong versions.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from forgedit_kernels import attention_backward as backward
 from forgedit_kernels.attention import attention, attention_reference
+from forgedit_kernels.dispatch import native_module
 from forgedit_kernels.jit import interpreted, triton_installed
 
 op = importlib.import_module("forgedit_kernels.attention")  # the package's attribute of that name is the function
@@ -18,10 +22,37 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOORS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # what a key past the end leaves in the rows of dk and dv that are never stored
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+# Four of them in float32: the native sums of a few terms go in another order than torch's.
+NATIVE_FLOORS = {**FLOORS, torch.float32: 2.0**-22}
 needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
+NATIVE = native_module()
+SETS = [f"native {name}" for name in NATIVE.instruction_sets()] if NATIVE else []
+BACKENDS = [pytest.param("triton", marks=needs_interpreter), *SETS]
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+# with the dtypes that each computes
+every_pair = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *[pytest.param("triton", dtype, marks=needs_interpreter, id=f"triton-{dtype}") for dtype in DTYPES],
+        *[pytest.param(name, dtype, id=f"{name}-{dtype}") for name in SETS for dtype in DTYPES[:2]],
+    ],
+    indirect=["backend"],
+)
+DIM = {"triton": 40, "native": 32}  # a head's columns in SD 1.x and in the bundled model
 
 Tensors = tuple[Tensor, ...]  # q, k, v and the output's gradient; or the gradients of q, k and v
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend's name; a native one's module is held to the set named after it, and memory it takes is NaN."""
+    name, _, instruction_set = request.param.partition(" ")
+    if instruction_set:
+        empty = torch.empty
+        monkeypatch.setattr(NATIVE, "instruction_sets", lambda: [instruction_set])
+        monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    return str(name)
 
 
 def _separate(n: int, m: int, d: int, dtype: torch.dtype, batch: int = 1, heads: int = 1) -> Tensors:
@@ -67,15 +98,16 @@ def _error(got: Tensor, truth: Tensor) -> float:
     return float("inf") if gap.isnan().any() else float(gap.max())
 
 
-def _right(inputs: Tensors, got: Tensors, scale: float | None = None) -> tuple[bool, ...]:
+def _right(inputs: Tensors, got: Tensors, scale: float | None = None, backend: str = "triton") -> tuple[bool, ...]:
     """STYLE's rule for each gradient: twice the reference's own error in the inputs' dtype, plus the dtype's floor."""
     dtype = inputs[0].dtype
+    floor = (NATIVE_FLOORS if backend == "native" else FLOORS)[dtype]
     truths = _gradients(tuple(x.double() for x in inputs), "reference", scale)
     verdicts = []
     for x, own, truth in zip(got, _gradients(inputs, "reference", scale), truths, strict=True):
-        bound = 2 * _error(own, truth) + FLOORS[dtype] * float(truth.abs().max())
-        if interpreted() and not x.is_cuda and dtype == torch.bfloat16:
-            bound += FLOORS[dtype] * float(truth.abs().max())  # its stores truncate: a whole unit in the last place
+        bound = 2 * _error(own, truth) + floor * float(truth.abs().max())
+        if backend == "triton" and interpreted() and not x.is_cuda and dtype == torch.bfloat16:
+            bound += floor * float(truth.abs().max())  # its stores truncate: a whole unit in the last place
         verdicts.append(x.shape == truth.shape and x.dtype == dtype and _error(x, truth) <= bound)
     return tuple(verdicts)
 
@@ -88,12 +120,11 @@ def test_gradcheck_of_the_reference() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attention_reference(q, k, v, scale=0.7), (q, k, v))
 
 
-@needs_interpreter
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_pair
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (33, 77), (257, 131), (256, 128)])
-def test_lengths(n: int, m: int, dtype: torch.dtype) -> None:
-    inputs = _separate(n, m, 40, dtype)
-    assert _right(inputs, _gradients(inputs)) == ALL
+def test_lengths(n: int, m: int, dtype: torch.dtype, backend: str) -> None:
+    inputs = _separate(n, m, DIM[backend], dtype)
+    assert _right(inputs, _gradients(inputs, backend), backend=backend) == ALL
 
 
 @needs_interpreter
@@ -104,28 +135,36 @@ def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     assert _right(inputs, _gradients(inputs)) == ALL
 
 
-@needs_interpreter
+@pytest.mark.parametrize("backend", SETS, indirect=True)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 160])
+@pytest.mark.parametrize(("n", "m"), [(4, 77), (16, 16), (40, 200)])
+def test_head_dims_natively(n: int, m: int, head_dim: int, backend: str) -> None:
+    inputs = _separate(n, m, head_dim, torch.float32, batch=2, heads=3)
+    assert _right(inputs, _gradients(inputs, backend), backend=backend) == ALL
+
+
+@every_backend
 @pytest.mark.parametrize("layout", [_fused, _amid_nan, _unaligned])
-def test_layouts(layout: Callable[..., Tensors]) -> None:
-    inputs = layout(33, 77, 40, torch.float32)
-    assert _right(inputs, _gradients(inputs)) == ALL
+def test_layouts(layout: Callable[..., Tensors], backend: str) -> None:
+    inputs = layout(33, 77, DIM[backend], torch.float32)
+    assert _right(inputs, _gradients(inputs, backend), backend=backend) == ALL
 
 
-def _large(dtype: torch.dtype) -> Tensors:
+def _large(dtype: torch.dtype, head_dim: int = 40) -> Tensors:
     """Scores up to some hundreds, whose exponential overflows float32."""
-    q, k, v, dout = _separate(33, 150, 40, dtype)
+    q, k, v, dout = _separate(33, 150, head_dim, dtype)
     return 8 * q, 8 * k, v, dout
 
 
-def _low(dtype: torch.dtype) -> Tensors:
+def _low(dtype: torch.dtype, head_dim: int = 40) -> Tensors:
     """All scores about -300: that of a key past the end, 0, has an infinite weight."""
-    q, k, v, dout = _separate(33, 150, 40, dtype)
+    q, k, v, dout = _separate(33, 150, head_dim, dtype)
     return 8 + 0.2 * q, -6 + 0.2 * k, v, dout
 
 
-def _last_block_matters(dtype: torch.dtype) -> Tensors:
+def _last_block_matters(dtype: torch.dtype, head_dim: int = 40) -> Tensors:
     """The first 128 keys score about -300, the last 22 about 300."""
-    q, k, v, dout = _low(dtype)
+    q, k, v, dout = _low(dtype, head_dim)
     sign = torch.ones(150).to(dtype)
     sign[128:] = -1
     return q, sign[None, :, None, None] * k, v, dout
@@ -134,30 +173,29 @@ def _last_block_matters(dtype: torch.dtype) -> Tensors:
 EXTREMES = [_large, _low, _last_block_matters]
 
 
-@needs_interpreter
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_extreme_scores(extreme: Callable[[torch.dtype], Tensors], dtype: torch.dtype) -> None:
-    inputs = extreme(dtype)
-    assert _right(inputs, _gradients(inputs)) == ALL
+def test_extreme_scores(extreme: Callable[..., Tensors], dtype: torch.dtype, backend: str) -> None:
+    inputs = extreme(dtype, DIM[backend])
+    assert _right(inputs, _gradients(inputs, backend), backend=backend) == ALL
 
 
-@needs_interpreter
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_key(dtype: torch.dtype) -> None:
+@every_pair
+def test_one_key(dtype: torch.dtype, backend: str) -> None:
     """Its weight is 1 whatever q and k are: their gradients are 0 but for the rounding of two equal sums."""
-    inputs = _separate(5, 1, 40, dtype)
-    dq, dk, dv = _gradients(inputs)
-    assert _right(inputs, (dq, dk, dv))[2]
+    inputs = _separate(5, 1, DIM[backend], dtype)
+    dq, dk, dv = _gradients(inputs, backend)
+    assert _right(inputs, (dq, dk, dv), backend=backend)[2]
     q, k, v, dout = (x.double() for x in inputs)
-    rounding = 2 * FLOORS[dtype] * (dout * v).abs().sum(-1, keepdim=True) * 40**-0.5
+    rounding = 2 * FLOORS[dtype] * (dout * v).abs().sum(-1, keepdim=True) * DIM[backend] ** -0.5
     assert (dq.abs() <= rounding * k.abs()).all() and (dk.abs() <= (rounding * q.abs()).sum(1, keepdim=True)).all()
 
 
-@needs_interpreter
-def test_scale() -> None:
-    inputs = _separate(33, 77, 40, torch.float32)
-    got = _gradients(inputs, scale=0.5)
+@every_backend
+def test_scale(backend: str) -> None:
+    inputs = _separate(33, 77, DIM[backend], torch.float32)
+    got = _gradients(inputs, backend, scale=0.5)
     assert _right(inputs, got, scale=0.5) == ALL
     assert not any(_right(inputs, got))
 
@@ -182,15 +220,39 @@ def test_equal_bits_in_every_run() -> None:
     assert all(torch.equal(*pair) for pair in zip(_gradients(inputs), _gradients(inputs), strict=True))
 
 
-@needs_interpreter
-def test_one_prompt_for_every_picture_gets_the_sum() -> None:
-    q, k, v, dout = _separate(33, 77, 40, torch.float32, batch=2)
+@pytest.mark.parametrize("backend", SETS, indirect=True)
+def test_neither_threads_nor_the_batch_change_a_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _separate(250, 200, 32, torch.float32, batch=3, heads=2)
+    one = _gradients(inputs, backend)
+    last = _gradients(tuple(x[2:] for x in inputs), backend)
+    assert all(torch.equal(x[2:], y) for x, y in zip(one, last, strict=True))
+    for threads in (2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert all(torch.equal(*pair) for pair in zip(one, _gradients(inputs, backend), strict=True))
+
+
+@pytest.mark.parametrize("backend", SETS, indirect=True)
+def test_a_fault_stays_in_its_head(backend: str) -> None:
+    inputs = _separate(40, 100, 32, torch.float32, batch=2, heads=2)
+    clean = _gradients(inputs, backend)
+    inputs[0][0, 7, 1, 3] = float("nan")
+    got = _gradients(inputs, backend)
+    assert got[0][0, 7, 1].isnan().all() and all(x[0, :, 1].isnan().all() for x in got[1:])
+    got[0][0, 7, 1] = clean[0][0, 7, 1]
+    for x, y in zip(got[1:], clean[1:], strict=True):
+        x[0, :, 1] = y[0, :, 1]
+    assert all(torch.equal(*pair) for pair in zip(got, clean, strict=True))
+
+
+@every_backend
+def test_one_prompt_for_every_picture_gets_the_sum(backend: str) -> None:
+    q, k, v, dout = _separate(33, 77, DIM[backend], torch.float32, batch=2)
     got, truth = [], []
-    for into, dtype, backend in ((got, torch.float32, "triton"), (truth, torch.float64, "reference")):
+    for into, dtype, taken in ((got, torch.float32, backend), (truth, torch.float64, "reference")):
         own = [x.to(dtype).requires_grad_() for x in (q, k[:1], v[:1])]
-        result = attention(own[0], *(x.expand(2, -1, -1, -1) for x in own[1:]), backend=backend)
+        result = attention(own[0], *(x.expand(2, -1, -1, -1) for x in own[1:]), backend=taken)
         into += torch.autograd.grad(result, own, dout.to(dtype))
-    assert [list(x.shape) for x in got[1:]] == [[1, 77, 1, 40]] * 2
+    assert [list(x.shape) for x in got[1:]] == [[1, 77, 1, DIM[backend]]] * 2
     torch.testing.assert_close(got, [x.float() for x in truth], rtol=1e-5, atol=1e-5)
 
 
@@ -207,17 +269,42 @@ def test_only_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launched == launches
 
 
-@needs_interpreter
-def test_no_gradient_of_a_gradient() -> None:
-    q, k, v, _ = (x.requires_grad_() for x in _separate(3, 5, 40, torch.float32))
-    (dq,) = torch.autograd.grad(attention(q, k, v, backend="triton").square().sum(), q, create_graph=True)
+@pytest.mark.parametrize("backend", SETS[-1:], indirect=True)
+def test_only_what_is_asked_for_natively(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = _separate(33, 77, 48, torch.float32)
+    truth = _gradients((q, k, v, torch.ones_like(q)), backend)
+    written: list[list[bool]] = []
+    native = NATIVE.attention_backward
+    record = lambda *args, **kwargs: written.append([bool(x) for x in args[5:]]) or native(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(NATIVE, "attention_backward", record)
+    for asked, gradient in ((q, truth[0]), (k, truth[1]), (v, truth[2])):
+        asked.requires_grad_()
+        attention(q, k, v, backend=backend).sum().backward()  # a gradient with strides of 0
+        assert torch.equal(asked.grad, gradient)
+        asked.requires_grad_(False)
+    assert written == [[True, False, False], [False, True, True], [False, True, True]]
+
+
+@pytest.mark.parametrize("backend", SETS[-1:], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_trains_natively_on_the_cpu(dtype: torch.dtype, backend: str) -> None:
+    inputs = _separate(33, 77, 32, dtype)
+    natively = _gradients(inputs, backend)
+    assert all(torch.equal(*pair) for pair in zip(_gradients(inputs, "auto"), natively, strict=True))
+    assert not torch.equal(_gradients(inputs, "sdpa")[0], natively[0])
+
+
+@every_backend
+def test_no_gradient_of_a_gradient(backend: str) -> None:
+    q, k, v, _ = (x.requires_grad_() for x in _separate(3, 5, DIM[backend], torch.float32))
+    (dq,) = torch.autograd.grad(attention(q, k, v, backend=backend).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", *BACKENDS], indirect=True)
 def test_no_queries_give_no_gradient(backend: str) -> None:
-    inputs = _separate(0, 7, 40, torch.float32)
+    inputs = _separate(0, 7, 48, torch.float32)
     assert all(not gradient.any() for gradient in _gradients(inputs, backend))
 
 
@@ -234,7 +321,9 @@ def test_the_table_is_asked_for_forward_and_backward_together(monkeypatch: pytes
 def _blockwise(inputs: Tensors, flaw: str, block: int = 128) -> Tensors:
     """The kernels' algorithm in plain torch, with a flaw."""
     q, k, v, dout = (x.transpose(1, 2).float() for x in inputs)
-    keys, scale = k.shape[2], q.shape[3] ** -0.5
+    rows, keys, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
+    if flaw == "the last query again":  # as a tile of queries is filled up
+        q, dout = (torch.cat([x, x[:, :, -1:]], 2) for x in (q, dout))
     k, v = (torch.nn.functional.pad(x, (0, 0, 0, -keys % block)) for x in (k, v))
     scores = scale * q @ k[:, :, :keys].mT
     lse = scores.logsumexp(-1, keepdim=True)
@@ -256,7 +345,7 @@ def _blockwise(inputs: Tensors, flaw: str, block: int = 128) -> Tensors:
         dq += dscores @ k1 * (1 if flaw == "no scale in dq" else scale)
         dk.append(dscores.mT @ q * (1 if flaw == "no scale in dk" else scale))
         dv.append(weights.mT @ dout)
-    gradients = dq, torch.cat(dk, 2)[:, :, :keys], torch.cat(dv, 2)[:, :, :keys]
+    gradients = dq[:, :, :rows], torch.cat(dk, 2)[:, :, :keys], torch.cat(dv, 2)[:, :, :keys]
     return tuple(x.transpose(1, 2).to(inputs[0].dtype) for x in gradients)
 
 
@@ -268,6 +357,7 @@ FLAWS: dict[str, tuple[Callable[[torch.dtype], Tensors], tuple[bool, ...]]] = {
     "weights not normalised": (lambda dtype: _separate(33, 150, 40, dtype), ALL),
     "weights of each block alone": (lambda dtype: _separate(33, 150, 40, dtype), ALL),
     "keys past the end": (_low, (True, False, False)),
+    "the last query again": (lambda dtype: _separate(33, 150, 40, dtype), (False, True, True)),
 }
 
 
@@ -296,7 +386,7 @@ REAL = [(4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160), (4096, 5, 64)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", ["own", "prompt"])
 @pytest.mark.parametrize(("tokens", "heads", "head_dim"), REAL)
