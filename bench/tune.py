@@ -36,8 +36,8 @@ from forgedit.stages.tune import trainable_names
 BASELINE = "plain loop"
 AUTOCAST = "autocast, fused Adam"
 SOURCE = "e_src"  # what is learned beside weights
-# Relative distance from the plain loop; of half precision, as a multiple of autocast's own: more is no rounding
-ALLOWED, ALLOWED_TIMES = 0.1, {"fast": 2.0, "lean": 2.0}
+# Distance from the plain loop, as a multiple of autocast's own: more is no rounding
+ALLOWED = {"exact": 1.0, "fast": 2.0, "lean": 2.0}
 
 Learned = dict[str, Tensor]
 Run = Callable[[], Learned]
@@ -203,9 +203,7 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None, compile
                 truth = made
             apart = distance(made, truth, task.original)
             autocast = apart if name == AUTOCAST else autocast
-            half = mode in ALLOWED_TIMES
-            allowed = ALLOWED_TIMES[mode] * autocast if half else ALLOWED if mode else float("inf")
-            errors[key] = check(f"{name} {mode}", apart, allowed)
+            errors[key] = check(f"{name} {mode}", apart, ALLOWED[mode] * autocast if mode else float("inf"))
             if device.type == "cuda":
                 seconds[key] = [_timed(run, device) for _ in range(rounds)]
                 del run, made

@@ -43,6 +43,7 @@ def test_a_second_photo_is_learned_as_the_first(task):
 def test_a_wrong_variant_gets_no_number(subject, task, monkeypatch):
     def wrong(task, compiled):
         yield tune.BASELINE, "", lambda: tune.plain_loop(task)
+        yield tune.AUTOCAST, "", lambda: tune.plain_loop(task)  # as near as can be
         yield "wrong", "exact", lambda: lambda: {name: w * 1.01 for name, w in tune.plain_loop(task)().items()}
 
     monkeypatch.setattr(tune, "variants", wrong)
