@@ -43,6 +43,7 @@ from forgedit_kernels.adam import (
     work_blocks,
     work_table,
 )
+from forgedit_kernels.adam8bit_bitsandbytes import adam8bit_bitsandbytes, bitsandbytes_obstacle
 from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
 from forgedit_kernels.jit import Variant, jit, tl
 from forgedit_kernels.table import preferred
@@ -293,7 +294,9 @@ class Adam8bitPlan:
         num_threads: int | None = None,
         bounded: bool = False,
     ) -> None:
-        """bounded: see the top of the file; False steps as bitsandbytes does"""
+        """bounded: see the top of the file; False steps as bitsandbytes does
+        backend: 'bitsandbytes' too, when named, which cannot be bounded, nor captured in a graph
+        """
         every, grads, rounded = list(params), _listed(gradients), _listed(copies)
         rates = [float(lr)] * len(every) if isinstance(lr, (int, float)) else list(lr)
         check_tensors(every, grads, rounded)
@@ -305,6 +308,10 @@ class Adam8bitPlan:
             "triton": lambda: triton_obstacle(p.device, p.dtype, (torch.float32,)),
             "native": lambda: native_obstacle(p.device, p.dtype, (torch.float32,)),
         }
+        if backend == "bitsandbytes":
+            obstacles[backend] = bitsandbytes_obstacle
+            if bounded:
+                raise ValueError("backend 'bitsandbytes' has no bound; take bounded=False, or another backend")
         measured = preferred("adam8bit", p.device, shape_key(rounded[0].dtype if rounded else None))
         self.backend = choose("adam8bit", backend, obstacles, measured)
         small = [index for index, w in enumerate(every) if w.numel() < LEAST_8BIT]
@@ -317,7 +324,7 @@ class Adam8bitPlan:
             betas=betas,
             eps=eps,
             copies=rounded and [rounded[i] for i in small],
-            backend=self.backend,
+            backend="auto" if self.backend == "bitsandbytes" else self.backend,
             num_threads=num_threads,
         )
         self.params, self.large = every, [every[i] for i in large]
@@ -326,7 +333,8 @@ class Adam8bitPlan:
         self._copies = None if rounded is None else [rounded[i] for i in large]
         self._counts = [w.numel() for w in self.large]
         self.moments, self.squares = _zero_states(self.large), _zero_states(self.large)
-        self.corrections = Corrections([rates[i] for i in large], betas, p.device)
+        self._rates = [rates[i] for i in large]
+        self.corrections = Corrections(self._rates, betas, p.device)
         self._maps = [values.to(p.device) for signed in (True, False) for values in dynamic_map(signed)]
         states = [[getattr(state, part) for state in side] for part in ("codes", "largest") for side in self._states()]
         table = work_table((self.large, self._gradients, *states, self._copies), self._counts)
@@ -378,6 +386,8 @@ class Adam8bitPlan:
             self._update_triton(chosen, gradients[0].dtype, address)
         elif self.backend == "native":
             self._update_native(chosen, gradients[0].dtype, address)
+        elif self.backend == "bitsandbytes":
+            self._update_bitsandbytes(chosen, gradients)
         else:
             scales = self.corrections.scales
             scales = torch.cat((scales[:1], scales[1:][chosen]))
@@ -424,6 +434,17 @@ class Adam8bitPlan:
             threads=self._num_threads or torch.get_num_threads(),
             instruction_set=instructions or native.instruction_sets()[-1],
         )
+
+    def _update_bitsandbytes(self, chosen: slice, gradients: list[Tensor]) -> None:
+        moments, squares = ([(state.codes, state.largest) for state in side[chosen]] for side in self._states())
+        m_values, _, v_values, _ = self._maps
+        params = self.large[chosen]
+        adam8bit_bitsandbytes(
+            [_flat(p) for p in params], [_flat(g) for g in gradients], moments, squares, (m_values, v_values),
+            self._rates[chosen], int(self.corrections.step), self.betas, self.eps,
+        )  # fmt: skip
+        for copy, p in zip(self._copies[chosen] if self._copies else (), params, strict=False):
+            copy.copy_(p)
 
 
 def _listed(tensors: Iterable[Tensor] | None) -> list[Tensor] | None:

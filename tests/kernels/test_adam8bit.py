@@ -331,6 +331,25 @@ def test_40_steps_are_those_of_bitsandbytes(backend: str) -> None:
         assert float((p - q.detach()).norm()) < 0.02 * float((q.detach() - w).norm())
 
 
+def test_bitsandbytes_own_step_is_a_backend() -> None:
+    optimizer, theirs = _bitsandbytes()
+    params = [w.contiguous() for w in _masters()]
+    plan = Adam8bitPlan(params, [torch.empty_like(w) for w in params], lr=RATE, backend="bitsandbytes")
+    assert plan.backend == "bitsandbytes" and plan.small.backend != "bitsandbytes"
+    for step in range(3):
+        for p, g, mine in zip(theirs, _gradients(params, step), plan.gradients or (), strict=True):
+            p.grad = g
+            mine.copy_(g)
+        optimizer.step()
+        plan.run()
+    large = [(p, q) for p, q in zip(params, theirs, strict=True) if p.numel() >= 4096]
+    assert large and all(torch.equal(p, q.detach()) for p, q in large)
+    for index, (_, q) in enumerate(large):
+        assert torch.equal(plan.moments[index].codes, optimizer.state[q]["state1"].flatten())
+    with pytest.raises(ValueError, match="'bitsandbytes' has no bound"):
+        Adam8bitPlan(params, lr=RATE, backend="bitsandbytes", bounded=True)
+
+
 def test_wrong_arguments() -> None:
     p = torch.ones(5000)
     with pytest.raises(ValueError, match=r"gradients\[0\] must have the shape and strides"):
