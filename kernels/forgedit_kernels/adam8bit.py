@@ -27,12 +27,8 @@ import torch
 from torch import Tensor
 
 from forgedit_kernels.adam import (
-    COPIES,
-    GRADIENTS,
     AdamPlan,
     Corrections,
-    adam_change,
-    adam_moments,
     adam_reference,
     alignment,
     check_settings,
@@ -44,13 +40,12 @@ from forgedit_kernels.adam import (
     work_table,
 )
 from forgedit_kernels.adam8bit_bitsandbytes import adam8bit_bitsandbytes, bitsandbytes_obstacle
+from forgedit_kernels.adam8bit_triton import ROWS, TILES, WARPS, adam8bit_kernel
 from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
-from forgedit_kernels.jit import Variant, jit, tl
 from forgedit_kernels.table import preferred
 
 BLOCK = 256
 LEAST_8BIT = 4096
-_ROWS, _TILES, _WARPS = 4, 8, 8
 
 
 @dataclass(frozen=True)
@@ -130,150 +125,6 @@ def adam8bit_reference(
             state.largest.copy_(quantized.largest)
 
 
-@jit
-def _quantized(x, midpoints_ptr, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codes of x [rows, 256], and each row's largest magnitude."""
-    largest = tl.max(tl.abs(x), axis=1)
-    scaled = tl.div_rn(x, tl.where(largest > 0, largest, 1.0)[:, None])
-    magnitude = tl.abs(scaled)
-    magnitude = tl.where(magnitude < 1, magnitude, 1.0)  # a NaN too becomes 1: codes stay inside the map
-    place = magnitude * 0 + 128
-    for i in tl.static_range(7):
-        place = tl.minimum(place, 2**i * (8 / 9) + (64 / 0.9) * 5 ** (6 - i) * magnitude)
-    if SIGNED:
-        code = (place + 0.3).to(tl.int32)
-    else:
-        code = (2 * place - 0.7).to(tl.int32)
-    code -= (magnitude < tl.load(midpoints_ptr + code)).to(tl.int32)
-    if SIGNED:
-        code = tl.where(scaled < 0, 127 - tl.minimum(code, 127), 127 + code)
-    return code.to(tl.uint8), largest
-
-
-@jit
-def _adam8bit_tile(  # type: ignore[no-untyped-def]
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    v_ptr,
-    m_largest_ptr,
-    v_largest_ptr,
-    copy_ptr,
-    m_values_ptr,
-    m_midpoints_ptr,
-    v_values_ptr,
-    v_midpoints_ptr,
-    valid,
-    rows_valid,
-    size,
-    root,
-    new1,
-    keep2,
-    new2,
-    eps,
-    least,
-    COPY: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """ROWS blocks; valid, rows_valid: masks of elements and blocks, or None for all."""
-    rows = tl.arange(0, ROWS)
-    offsets = rows[:, None] * 256 + tl.arange(0, 256)[None, :]
-    m = tl.load(m_values_ptr + tl.load(m_ptr + offsets, mask=valid).to(tl.int32), mask=valid)
-    v = tl.load(v_values_ptr + tl.load(v_ptr + offsets, mask=valid).to(tl.int32), mask=valid)
-    m *= tl.load(m_largest_ptr + rows, mask=rows_valid)[:, None]
-    v *= tl.load(v_largest_ptr + rows, mask=rows_valid)[:, None]
-    g = tl.load(g_ptr + offsets, mask=valid).to(tl.float32)
-    m, v = adam_moments(m, v, g, new1, keep2, new2)
-    p = tl.load(p_ptr + offsets, mask=valid) - adam_change(m, tl.maximum(v, least * m * m), size, root, eps)
-    tl.store(p_ptr + offsets, p, mask=valid)
-    if COPY is not None:
-        tl.store(copy_ptr + offsets, p.to(COPY), mask=valid)
-    if valid is not None:  # what lies past the end must not be the largest
-        m, v = tl.where(valid, m, 0.0), tl.where(valid, v, 0.0)
-    m_codes, m_largest = _quantized(m, m_midpoints_ptr, True)
-    v_codes, v_largest = _quantized(v, v_midpoints_ptr, False)
-    tl.store(m_ptr + offsets, m_codes, mask=valid)
-    tl.store(v_ptr + offsets, v_codes, mask=valid)
-    tl.store(m_largest_ptr + rows, m_largest, mask=rows_valid)
-    tl.store(v_largest_ptr + rows, v_largest, mask=rows_valid)
-
-
-@jit
-def _adam8bit_kernel(  # type: ignore[no-untyped-def]
-    table_ptr,
-    blocks_ptr,
-    scales_ptr,
-    m_values_ptr,
-    m_midpoints_ptr,
-    v_values_ptr,
-    v_midpoints_ptr,
-    gradient,
-    first_block,
-    new1,
-    keep2,
-    new2,
-    eps,
-    least,
-    GRADIENT: tl.constexpr,
-    COPY: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """One program updates TILES tiles of ROWS blocks of one tensor; otherwise as adam.py's."""
-    block_ptr = blocks_ptr + 2 * (first_block + tl.program_id(0)).to(tl.int64)
-    tensor = tl.load(block_ptr).to(tl.int64)
-    tensor_ptr = table_ptr + 8 * tensor
-    g_address = tl.where(gradient == 0, tl.load(tensor_ptr + 1), gradient)
-    g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRADIENT)), ALIGN)
-    p_ptr = tl.multiple_of(tl.load(tensor_ptr).to(tl.pointer_type(tl.float32)), ALIGN)
-    m_ptr = tl.multiple_of(tl.load(tensor_ptr + 2).to(tl.pointer_type(tl.uint8)), ALIGN)
-    v_ptr = tl.multiple_of(tl.load(tensor_ptr + 3).to(tl.pointer_type(tl.uint8)), ALIGN)
-    m_largest_ptr = tl.load(tensor_ptr + 4).to(tl.pointer_type(tl.float32))
-    v_largest_ptr = tl.load(tensor_ptr + 5).to(tl.pointer_type(tl.float32))
-    copy_type = tl.pointer_type(tl.uint8 if COPY is None else COPY)
-    copy_ptr = tl.multiple_of(tl.load(tensor_ptr + 6).to(copy_type), ALIGN)
-    count = tl.load(tensor_ptr + 7)
-    root = tl.load(scales_ptr).to(tl.float32)
-    size = tl.load(scales_ptr + 1 + tensor).to(tl.float32)
-    start = tl.load(block_ptr + 1).to(tl.int64) * (TILES * ROWS * 256)
-    for first in range(start, tl.minimum(start + TILES * ROWS * 256, count), ROWS * 256):
-        p, g, m, v, copy = p_ptr + first, g_ptr + first, m_ptr + first, v_ptr + first, copy_ptr + first
-        m_largest, v_largest = m_largest_ptr + first // 256, v_largest_ptr + first // 256
-        if first + ROWS * 256 <= count:
-            _adam8bit_tile(
-                p, g, m, v, m_largest, v_largest, copy, m_values_ptr, m_midpoints_ptr, v_values_ptr, v_midpoints_ptr,
-                None, None, size, root, new1, keep2, new2, eps, least, COPY, ROWS
-            )  # fmt: skip
-        else:
-            rows = tl.arange(0, ROWS) * 256
-            valid = rows[:, None] + tl.arange(0, 256)[None, :] < count - first
-            _adam8bit_tile(
-                p, g, m, v, m_largest, v_largest, copy, m_values_ptr, m_midpoints_ptr, v_values_ptr, v_midpoints_ptr,
-                valid, rows < count - first, size, root, new1, keep2, new2, eps, least, COPY, ROWS
-            )  # fmt: skip
-
-
-def variants() -> list[Variant]:
-    """The shipped configurations: gradients in float32 and bfloat16, without a copy and with one."""
-    maps = {f"{name}_{part}_ptr": "*fp32" for name in ("m", "v") for part in ("values", "midpoints")}
-    signature = {"table_ptr": "*i64", "blocks_ptr": "*i32", "scales_ptr": "*fp64", **maps, "gradient": "i64"}
-    signature |= {"first_block": "i32", "new1": "fp32", "keep2": "fp32", "new2": "fp32", "eps": "fp32"}
-    signature |= {"least": "fp32"}
-    sizes = {"ALIGN": 16, "ROWS": _ROWS, "TILES": _TILES}
-    return [
-        Variant(
-            name=f"adam8bit {str(g)[6:]} gradient, {str(c)[6:] if c else 'no'} copy",
-            kernel=_adam8bit_kernel,
-            signature=signature,
-            constexprs={"GRADIENT": tl_dtype(g), "COPY": tl_dtype(c), **sizes},
-            num_warps=_WARPS,
-        )
-        for g in GRADIENTS
-        for c in ((None, *COPIES) if tl else ())
-    ]
-
-
 class Adam8bitPlan:
     """Adam with 8-bit moments over given tensors; used as AdamPlan is, with the same arguments.
 
@@ -340,7 +191,7 @@ class Adam8bitPlan:
         table = work_table((self.large, self._gradients, *states, self._copies), self._counts)
         if self.backend == "triton":
             self._align = alignment(table[:, :-1].flatten().tolist())
-            blocks, self._starts = work_blocks(self._counts, _TILES * _ROWS * BLOCK)
+            blocks, self._starts = work_blocks(self._counts, TILES * ROWS * BLOCK)
             self._work = table.to(p.device), blocks.to(p.device)
         if self.backend == "native":
             self._rows = table.tolist()
@@ -400,7 +251,7 @@ class Adam8bitPlan:
         table, blocks = self._work
         first, *_, last = self._starts[chosen.start : None if chosen.stop is None else chosen.stop + 1]
         with torch.cuda.device_of(table):
-            _adam8bit_kernel[(last - first,)](
+            adam8bit_kernel[(last - first,)](
                 table,
                 blocks,
                 self.corrections.scales,
@@ -412,9 +263,9 @@ class Adam8bitPlan:
                 GRADIENT=tl_dtype(gradient_dtype),
                 COPY=tl_dtype(self._copies[0].dtype if self._copies else None),
                 ALIGN=min(self._align, alignment([address])),
-                ROWS=_ROWS,
-                TILES=_TILES,
-                num_warps=_WARPS,
+                ROWS=ROWS,
+                TILES=TILES,
+                num_warps=WARPS,
             )
 
     def _update_native(self, chosen: slice, gradient_dtype: torch.dtype, address: int, instructions: str = "") -> None:
