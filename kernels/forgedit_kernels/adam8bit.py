@@ -35,12 +35,12 @@ from forgedit_kernels.adam import (
     check_tensors,
     settings,
     shape_key,
-    tl_dtype,
     work_blocks,
     work_table,
 )
 from forgedit_kernels.adam8bit_bitsandbytes import adam8bit_bitsandbytes, bitsandbytes_obstacle
 from forgedit_kernels.adam8bit_triton import ROWS, TILES, WARPS, adam8bit_kernel
+from forgedit_kernels.adam_triton import tl_dtype
 from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
 from forgedit_kernels.table import preferred
 

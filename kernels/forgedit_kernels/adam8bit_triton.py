@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forgedit_kernels.adam import COPIES, GRADIENTS, adam_change, adam_moments, tl_dtype
+from forgedit_kernels.adam_triton import COPIES, GRADIENTS, adam_change, adam_moments, tl_dtype
 from forgedit_kernels.jit import Variant, jit, tl
 
 ROWS, TILES, WARPS = 4, 8, 8  # blocks a tile, tiles a program

@@ -272,14 +272,14 @@ def test_reset_begins_anew(backend: str) -> None:
 @needs_interpreter
 def test_many_small_tensors_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("forgedit_kernels.adam")
-    kernel, launches = module._adam_kernel, []
+    kernel, launches = module.adam_kernel, []
 
     class Counted:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(module, "_adam_kernel", Counted())
+    monkeypatch.setattr(module, "adam_kernel", Counted())
     shapes = [(i % 37 + 1, 5) for i in range(60)]
     plans = []
     for backend in ("triton", "reference"):
