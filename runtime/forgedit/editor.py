@@ -270,6 +270,12 @@ class Editor:
                 weight = {"unet.conv_in.weight": self._weights.original["unet.conv_in.weight"]}
                 warm_up(self._method_path(), nothing, weight, shape, config)
 
+    def release(self) -> None:
+        """Let go of what only learning needs and keeps for the next photo: masters, gradients, moments, graphs."""
+        with self._turn(Progress(None, None)):
+            if self._path is not None:
+                self._path.release()
+
     def stats(self) -> dict[str, Any]:
         """What this editor has measured so far, for JSON.
 

@@ -1,7 +1,9 @@
 """The tuning engine against the method's plain path, and against itself."""
 
 import copy
+import gc
 import logging
+import weakref
 from functools import partial
 
 import pytest
@@ -324,6 +326,21 @@ def least_budget(editor, photo, mode):
 
 def equal_sessions(one, other):
     return all(torch.equal(one.tuned[name], other.tuned[name]) for name in other.tuned)
+
+
+def test_release_lets_go_of_what_learning_needs(folder, photo):
+    editor = Editor.from_pretrained(folder)
+    editor.release()
+    first = editor.tune(photo, TUNE)
+    (unet, _) = editor._path._tuner._unets[torch.float32]
+    learner = weakref.ref(editor._path._tuner._learner[1])
+    assert any(leaf.tensor.grad is not None for leaf in unet.leaves)
+    edit = first.edit("a dog")
+    editor.release()
+    gc.collect()
+    assert learner() is None and not any(leaf.tensor.grad is not None for leaf in unet.leaves)
+    assert torch.equal(first.edit("a dog").latents, edit.latents)
+    assert equal_sessions(editor.tune(photo, TUNE), first)
 
 
 @pytest.mark.parametrize("mode", ["fast", "lean"])

@@ -119,6 +119,9 @@ class Reference:
         """The working weights are the originals again, by another's hand."""
         self._loaded = None
 
+    def release(self) -> None:
+        """Nothing: a tune keeps nothing here."""
+
     def shrink(self) -> bool:
         """Whether less can be done at once: never, it is one edit already."""
         return False

@@ -101,12 +101,16 @@ class Resident:
         """As Tuner.learn says; it writes the weights that edits are sampled on."""
         return self._tuner.learn(latents, embedding, token_ids, names, config, generator, on_step)
 
+    def release(self) -> None:
+        """Let go of what only learning needs."""
+        self._tuner.release()
+
     def shrink(self) -> bool:
         """After the device ran out of memory: let go of all buffers, and take half as many edits at once from here on.
 
         Returns: False if it was one at a time already
         """
-        self._tuner.release()
+        self.release()
         self._sampler.clear()
         if self._unet.device.type == "cuda":
             torch.cuda.empty_cache()

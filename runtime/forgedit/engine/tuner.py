@@ -111,10 +111,16 @@ class Tuner:
 
     def release(self) -> None:
         """Let go of everything that only tuning needs."""
-        self._learner = None
+        self._drop_learner()
         self._unets = {dtype: pair for dtype, pair in self._unets.items() if pair[0] is self._shared}
         if self._shared.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _drop_learner(self) -> None:
+        self._learner = None
+        for unet, _ in self._unets.values():
+            for leaf in unet.leaves:
+                leaf.tensor.grad = None
 
     def _ways(self, config: TuneConfig) -> list[Way]:
         """The ladder down from the mode asked for; without a budget only its top is looked at."""
@@ -196,7 +202,7 @@ class Tuner:
         unet, weights = self._unet(DTYPES[way.mode])
         weights.restore()
         if self._learner is None or self._learner[0] != key:
-            self._learner = None  # before the next is made: they need not fit side by side
+            self._drop_learner()  # before the next is made: they need not fit side by side
             text: Any = self._model.text_encoder
             learner = Learner(unet, self._original, text, names, config, way, backend=self._backend)
             self._learner = key, learner
