@@ -46,6 +46,7 @@ gpu:
 	set -o pipefail; { \
 	    $(GPU) -m pytest -q -rs -m gpu; tests=$$?; \
 	    $(GPU) $(STAGES) -m gpu $(TO); stages=$$?; \
+	    $(GPU) -m bench.fused --model sd14 --compiled --device cuda $(TO); fused=$$?; \
 	    $(GPU) -m bench.equality --device cuda $(TO); equal=$$?; \
 	    $(GPU) -m bench.learned --device cuda $(TO); learned=$$?; \
 	    $(GPU) -m bench.denoise --device cuda $(TO); \
@@ -53,7 +54,7 @@ gpu:
 	    $(GPU) -m bench.tune --device cuda $(TO); \
 	    $(GPU) -m bench.tune --model sd14 --compiled --device cuda $(TO); tune=$$?; \
 	    $(GPU) -m bench.edit --device cuda $(TO); \
-	    $(GPU) -m bench.edit --model sd14 --device cuda $(TO); exit $$((tests | stages | equal | learned | denoise | tune | $$?)); \
+	    $(GPU) -m bench.edit --model sd14 --device cuda $(TO); exit $$((tests | stages | fused | equal | learned | denoise | tune | $$?)); \
 	} 2>&1 | tee $(LOGS)/gpu.log
 
 clean:

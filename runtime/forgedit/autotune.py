@@ -230,7 +230,7 @@ def measure_case(case: Case, device: torch.device) -> Measured:
         if not gap <= allowed:
             measured.failed[backend] = f"wrong: error {gap:.3g}, allowed {allowed:.3g}"
         else:
-            measured.seconds[backend] = _p50(call, device)
+            measured.seconds[backend] = statistics.median(call_seconds(call, device))
     return measured
 
 
@@ -239,8 +239,8 @@ def _error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return float(torch.stack([(t - x).abs().max() for x, t in zip(results, truth, strict=True)]).max())
 
 
-def _p50(call: Call, device: torch.device) -> float:
-    """Seconds of one call, warm."""
+def call_seconds(call: Call, device: torch.device) -> list[float]:
+    """Seconds of a call, warm, measured at least 3 times; on a GPU as one of GRAPH_CALLS in a captured graph."""
     calls = GRAPH_CALLS if device.type == "cuda" else 1
 
     def work() -> None:
@@ -256,7 +256,7 @@ def _p50(call: Call, device: torch.device) -> float:
         graphs.run("case", work)
         wait(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) / calls
+    return [total / calls for total in seconds]
 
 
 def autotune(
