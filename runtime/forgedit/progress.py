@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,19 @@ def phase(name: str) -> Iterator[None]:
         finally:
             if on_gpu:
                 torch.cuda.nvtx.range_pop()
+
+
+@contextmanager
+def quiet_profiler() -> Iterator[None]:
+    """Kineto, below the profiler, else writes lines of its own to stderr; it reads this when it first starts."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "6"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 class Progress:

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from forgedit.config import TuneConfig
 from forgedit.engine.plan import show_bytes
+from forgedit.progress import quiet_profiler
 
 MODES = ("exact", "fast", "lean")  # the next one holds less; the one before is the safer
 SMALLEST_PART = 4  # rows of a pass: a smaller one is slower than computing layers' insides twice
@@ -127,7 +128,7 @@ def peak_during(work: Callable[[], None], device: torch.device) -> int:
         work()
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory(prefix="forgedit-") as folder:
         path = Path(folder) / "trace.json"

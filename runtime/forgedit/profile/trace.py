@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from forgedit.progress import PREFIX
+from forgedit.progress import PREFIX, quiet_profiler
 
 ON_HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -93,23 +92,10 @@ def recording(device: torch.device) -> Iterator[Callable[[], bytes]]:
             profiler.export_chrome_trace(str(path))
             return path.read_bytes()
 
-    with _quiet(), profile(activities=activities, record_shapes=True) as profiler:
+    with quiet_profiler(), profile(activities=activities, record_shapes=True) as profiler:
         yield export
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Kineto, below the profiler, else writes lines of its own to stderr; it reads this when it first starts."""
-    name = "KINETO_LOG_LEVEL"
-    before = os.environ.get(name)
-    os.environ[name] = before or "6"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
 
 
 def packed(trace: bytes) -> tuple[str, bytes]:
