@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from bench import subject as subjects
-from bench.measure import RESULTS, Row, append, check, peak_bytes, reset_peak, summarize, wait
+from bench.measure import RESULTS, Row, append, check, peak_bytes, reset_peak, summarize
 from bench.subject import Subject
+from forgedit.progress import wait
 
 LEAST, MOST = 3, 50  # rounds
 

@@ -21,12 +21,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from bench import subject as subjects
-from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize, wait
+from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize
 from bench.subject import Subject
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import true_float32
 from forgedit.engine.sampler import Sampler, ddim_schedule
 from forgedit.model.fuse import FusedUNet
+from forgedit.progress import wait
 from forgedit.stages.sample import ddim_step, ddim_timesteps
 
 BASELINE = "diffusers"

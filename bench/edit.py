@@ -37,11 +37,12 @@ from torch import Tensor
 
 from bench import subject as subjects
 from bench.denoise import ALLOWED, Run, diffusers_loop, task_of
-from bench.measure import Row, Timing, append, check, peak_bytes, reset_peak, summarize, time_calls, wait
+from bench.measure import Row, Timing, append, check, peak_bytes, reset_peak, summarize, time_calls
 from bench.sd14 import save_model
 from bench.subject import Subject
 from forgedit import EditConfig, Session, StepEvent, SweepConfig
 from forgedit.engine.numerics import NUMERICS, true_float32
+from forgedit.progress import wait
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.forget import forget_weights
 

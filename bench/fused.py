@@ -22,12 +22,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from bench.fused_cases import OURS, Case, Make, find_cases, optimizer_cases
-from bench.measure import Row, Timing, append, peak_bytes, reset_peak, summarize, wait
+from bench.measure import Row, Timing, append, peak_bytes, reset_peak, summarize
 from bench.sd14 import UNET
 from forgedit.autotune import call_seconds
 from forgedit.engine.numerics import true_float32
 from forgedit.model.load import BUNDLED
 from forgedit.profile.roofline import Roofline, measure_roofline
+from forgedit.progress import wait
 from forgedit_kernels.jit import interpreted
 
 FLOORS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from forgedit.progress import wait
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -153,12 +155,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]} x{len(names)}" if names else platform.processor()
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done all it was given; at once on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:

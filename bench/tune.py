@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from bench import subject as subjects
-from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize, wait
+from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize
 from bench.subject import Call, Subject
 from forgedit import TuneConfig
 from forgedit.engine.graphs import GraphCache
@@ -31,6 +31,7 @@ from forgedit.engine.learner import DTYPES, Learner, draw
 from forgedit.engine.numerics import true_float32
 from forgedit.engine.tune_plan import Way
 from forgedit.model.fuse import FusedUNet
+from forgedit.progress import wait
 from forgedit.stages.tune import trainable_names
 
 BASELINE = "plain loop"

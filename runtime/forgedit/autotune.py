@@ -24,7 +24,7 @@ from torch import Tensor
 from forgedit.atomic import write_atomic
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import true_float32
-from forgedit.profile.roofline import wait
+from forgedit.progress import wait
 from forgedit_kernels import MergePlan, attention, group_norm_silu, linear_residual, norm_geglu, norm_linear, table
 from forgedit_kernels.dispatch import OPS
 from forgedit_kernels.group_norm_silu import shape_key as norm_key

@@ -37,6 +37,12 @@ class StepEvent:
 OnStep = Callable[[StepEvent], None] | None
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done all it was given; at once on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """A range 'forgedit::<name>' for whoever listens: torch's profiler, and NVIDIA's once CUDA is in use.

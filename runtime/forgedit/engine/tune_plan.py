@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from forgedit.config import TuneConfig
 from forgedit.engine.plan import show_bytes
-from forgedit.progress import quiet_profiler
+from forgedit.progress import quiet_profiler, wait
 
 MODES = ("exact", "fast", "lean")  # the next one holds less; the one before is the safer
 SMALLEST_PART = 4  # rows of a pass: a smaller one is slower than computing layers' insides twice
@@ -108,12 +108,6 @@ def choose_way(ways: Iterator[Way], predict: Callable[[Way], int], budget: int) 
         f"learning this photo needs at least {show_bytes(least[0])} ({least[1]}), the budget is {show_bytes(budget)}; "
         "give more memory, or take a smaller width and height"
     )
-
-
-def wait(device: torch.device) -> None:
-    """For a GPU to have done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_during(work: Callable[[], None], device: torch.device) -> int:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from forgedit.config import EditConfig, SweepConfig
-from forgedit.profile.roofline import wait
-from forgedit.progress import OnStep, StepEvent
+from forgedit.progress import OnStep, StepEvent, wait
 from forgedit.session import Session
 
 UNET_SECONDS = 2.0  # after which no further call is made at one number of rows, from the third on

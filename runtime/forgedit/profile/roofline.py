@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from forgedit.progress import wait
+
 REPEATS = 7  # of which the best counts: a busy machine only slows
 
 # by device: sides of the products, of which the fastest counts; bytes of the copy, which must not fit into a cache
@@ -47,12 +49,6 @@ def _product_speed(side: int, dtype: str, device: torch.device) -> float:
     factor = torch.full((side, side), 0.5, dtype=getattr(torch, dtype), device=device)
     product = torch.empty_like(factor)
     return 2 * side**3 / _best(lambda: torch.mm(factor, factor, out=product), device)
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done all it was given; at once on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:

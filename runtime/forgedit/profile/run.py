@@ -13,9 +13,9 @@ from forgedit.errors import InputError
 from forgedit.profile.counts import Counter
 from forgedit.profile.latency import Marks, percentiles, time_batches, time_unet
 from forgedit.profile.ops import OpRow, PhaseRow, build_table
-from forgedit.profile.roofline import Roofline, describe_machine, measure_roofline, wait
+from forgedit.profile.roofline import Roofline, describe_machine, measure_roofline
 from forgedit.profile.trace import read_phases, recording
-from forgedit.progress import OnStep, StepEvent
+from forgedit.progress import OnStep, StepEvent, wait
 from forgedit.session import Edit, Session
 from forgedit.stages.encode import check_target
 from forgedit.stages.photo import Photo
