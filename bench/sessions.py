@@ -18,12 +18,12 @@ from PIL import Image
 
 from bench.measure import RESULTS, Row, append, check, time_calls
 from bench.world.evaluate import held_out_pairs
-from bench.world.render import render
-from bench.world.scene import captions
-from bench.world.score import to_images
 from forgedit import EditConfig, Editor, TuneConfig
 from forgedit.delta import DELTA_FORMATS
 from forgedit.quality.metrics import psnr
+from forgedit.world.render import render
+from forgedit.world.scene import captions
+from forgedit.world.score import to_images
 
 
 @dataclass(frozen=True, kw_only=True)

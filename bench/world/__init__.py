@@ -1,1 +1,1 @@
-"""A small rendered world with ground truth: scenes, captions, true edits, and what is trained and measured on it."""
+"""Training the bundled model on the rendered world (forgedit.world), and measuring what it reaches there."""

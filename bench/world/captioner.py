@@ -18,9 +18,10 @@ from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from bench.world import pool
-from bench.world.judge import POSED, augment
+from bench.world.judge import augment
 from bench.world.loop import Loss, Plan
-from bench.world.scene import (
+from forgedit.world.judge import POSED
+from forgedit.world.scene import (
     BACKGROUNDS,
     COLOURS,
     OBJECTS,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from bench.world import pool, text
 from bench.world.loop import Loss, Plan
-from bench.world.scene import OBJECTS, POSES, captions
 from bench.world.vae import SCALING_FACTOR, encode_chunk
+from forgedit.world.scene import OBJECTS, POSES, captions
 
 SNR_LIMIT = 5.0
 DROPOUT = 0.1

@@ -22,11 +22,11 @@ from torch import Tensor
 from bench.world import report
 from bench.world.captioner import describe
 from bench.world.grid import contact_sheet
-from bench.world.judge import JUDGE, load_judge
-from bench.world.render import render
-from bench.world.scene import KINDS, Edits, captions, sample_edits
-from bench.world.score import to_images, to_pixels
 from forgedit import EditConfig, Editor, Session, TuneConfig
+from forgedit.world.judge import JUDGE, load_judge
+from forgedit.world.render import render
+from forgedit.world.scene import KINDS, Edits, captions, sample_edits
+from forgedit.world.score import to_images, to_pixels
 
 STRATEGIES = ("none", "encoderattn", "decoderattn")
 LADDERS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from bench.world.score import to_images
+from forgedit.world.score import to_images
 
 CELL = 96  # pixels
 CAPTION = 380

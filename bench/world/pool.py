@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.world.render import render
-from bench.world.scene import Scenes, cat, sample_scenes
+from forgedit.world.render import render
+from forgedit.world.scene import Scenes, cat, sample_scenes
 
 CHUNK = 1000  # scenes a file
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from bench.measure import provenance
 from bench.world.captioner import describe, parse_caption
-from bench.world.judge import Judge, round_trip
-from bench.world.render import changed_mask, render
-from bench.world.scene import KINDS, Edits, sample_scenes
-from bench.world.score import Figure, Scores, mean, psnr, rate, right, right_in_words, score, success, to_images
+from bench.world.judge import round_trip
 from forgedit import Editor
+from forgedit.world.judge import Judge
+from forgedit.world.render import changed_mask, render
+from forgedit.world.scene import KINDS, Edits, sample_scenes
+from forgedit.world.score import Figure, Scores, mean, psnr, rate, right, right_in_words, score, success, to_images
 
 SCENES = 400  # held-out scenes for the parts that need no edit
 HELD_OUT_SEED = 1_000_003

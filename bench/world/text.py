@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bench.world.scene import all_combinations, caption
+from forgedit.world.scene import all_combinations, caption
 
 MAX_LENGTH = 77
 PREFIXES = ("a photo of ", "")

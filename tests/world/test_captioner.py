@@ -14,10 +14,10 @@ from bench.world.captioner import (
     save_captioner,
     vocabulary,
 )
-from bench.world.render import render
-from bench.world.scene import all_combinations, caption, sample_scenes
-from bench.world.score import to_images, to_pixels
 from forgedit.stages.caption import caption_photo
+from forgedit.world.render import render
+from forgedit.world.scene import all_combinations, caption, sample_scenes
+from forgedit.world.score import to_images, to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from bench.world import evaluate, report
 from bench.world.captioner import build_captioner, save_captioner
 from bench.world.diffusion import build_unet
 from bench.world.evaluate import GROUPS, held_out_pairs, settings
-from bench.world.judge import CLASSES, Judge, save_judge
-from bench.world.render import changed_mask, render
-from bench.world.scene import ATTRIBUTES, KINDS
-from bench.world.score import Figure, kept, mean, psnr, rate, right, right_in_words, strength, success
 from bench.world.text import build_text_encoder, write_tokenizer
 from bench.world.vae import build_vae
 from forgedit import EditConfig
+from forgedit.world.judge import CLASSES, Judge, save_judge
+from forgedit.world.render import changed_mask, render
+from forgedit.world.scene import ATTRIBUTES, KINDS
+from forgedit.world.score import Figure, kept, mean, psnr, rate, right, right_in_words, strength, success
 
 
 def verdict(scenes, certainty: float = 20.0) -> dict[str, torch.Tensor]:

@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 
 from bench.world import judge as J
-from bench.world.judge import CLASSES, Judge, applies, augment, judge_loss, load_judge, save_judge
-from bench.world.scene import OBJECTS, PATTERNED, POSES, sample_scenes
+from bench.world.judge import augment, judge_loss
+from forgedit.world.judge import CLASSES, Judge, applies, load_judge, save_judge
+from forgedit.world.scene import OBJECTS, PATTERNED, POSES, sample_scenes
 
 
 def test_forward_shapes_and_size() -> None:

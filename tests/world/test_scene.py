@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.world.captioner import parse_caption
-from bench.world.render import changed_mask, render
-from bench.world.scene import (
+from forgedit.world.render import changed_mask, render
+from forgedit.world.scene import (
     ATTRIBUTES,
     KINDS,
     all_combinations,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.world.judge import Judge, applies
-from bench.world.scene import ATTRIBUTES, Edits, Scenes
+from forgedit.world.judge import Judge, applies
+from forgedit.world.scene import ATTRIBUTES, Edits, Scenes
 
 Z = 1.96  # standard errors of a 95 % interval
 LEAST_PIXELS = 16  # a region smaller than this has no PSNR

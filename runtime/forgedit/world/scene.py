@@ -132,9 +132,13 @@ def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> Ten
 def place(combinations: list[Combination], generator: torch.Generator) -> Scenes:
     """Scenes of the given combinations with everything that captions leave out drawn at random."""
     n = len(combinations)
-    columns = torch.tensor(combinations, dtype=torch.int64).reshape(n, len(ATTRIBUTES)).unbind(1)
+    thing, pose, colour, pattern, ground = torch.tensor(combinations).reshape(n, len(ATTRIBUTES)).unbind(1)
     return Scenes(
-        *columns,
+        object=thing,
+        pose=pose,
+        colour=colour,
+        pattern=pattern,
+        background=ground,
         x=_uniform(n, -0.32, 0.32, generator),
         y=_uniform(n, -0.18, 0.22, generator),
         size=_uniform(n, 0.42, 0.58, generator),

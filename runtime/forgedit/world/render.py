@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.world.scene import BACKGROUNDS, OBJECTS, PATTERNS, Scenes
-from bench.world.shapes import SHAPES, Canvas, smooth
+from forgedit.world.scene import BACKGROUNDS, OBJECTS, PATTERNS, Scenes
+from forgedit.world.shapes import SHAPES, Canvas, smooth
 
 SUPERSAMPLE = 2
 CHANGE_THRESHOLD = 0.04  # of the range [0, 1], in any channel

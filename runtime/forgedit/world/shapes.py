@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.world.scene import Scenes
+from forgedit.world.scene import Scenes
 
 GREEN_STEM = (0.13, 0.42, 0.10)
 DARK = (0.06, 0.05, 0.08)
