@@ -132,7 +132,9 @@ def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> Ten
 def place(combinations: list[Combination], generator: torch.Generator) -> Scenes:
     """Scenes of the given combinations with everything that captions leave out drawn at random."""
     n = len(combinations)
-    thing, pose, colour, pattern, ground = torch.tensor(combinations).reshape(n, len(ATTRIBUTES)).unbind(1)
+    thing, pose, colour, pattern, ground = (
+        torch.tensor(combinations, dtype=torch.int64).reshape(n, len(ATTRIBUTES)).unbind(1)
+    )
     return Scenes(
         object=thing,
         pose=pose,
