@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.world import report
 from bench.world.captioner import describe
 from bench.world.grid import contact_sheet
-from forgedit import EditConfig, Editor, Session, TuneConfig
+from forgedit import Edit, EditConfig, Editor, Session, TuneConfig
 from forgedit.world.judge import JUDGE, load_judge
 from forgedit.world.render import render
 from forgedit.world.scene import KINDS, Edits, captions, sample_edits
@@ -97,20 +97,22 @@ class Maker:
         return self.folder / f"{pair:04d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
 
     def make(self, pair: int, wanted: list[Setting]) -> None:
-        """Tune once, edit with each setting that has no picture yet."""
+        """Tune once, and edit with each setting that has no picture yet; strategies together, as weights are merged."""
         missing = [setting for setting in wanted if not self.path(pair, setting).exists()]
-        session = None
-        for setting in sorted(missing, key=lambda setting: (setting.tuned, setting.edit.strategy, setting.edit.keep)):
+        tuned = sorted((s for s in missing if s.tuned), key=lambda s: (s.edit.strategy, s.edit.keep))
+        target = self.targets[pair]
+        for setting in missing:
             if not setting.tuned:
-                edit = self._untuned(pair).edit(self.targets[pair], setting.edit)
-            else:
-                session = session or self.editor.tune(
-                    self.photos[pair], replace(self.tune, caption=self.captions[pair])
-                )
-                edit = session.edit(self.targets[pair], setting.edit)
-            partial = self.path(pair, setting).with_suffix(".partial")
-            edit.image.save(partial, format="PNG")
-            partial.replace(self.path(pair, setting))
+                self._keep(pair, setting, self._untuned(pair).edit(target, setting.edit))
+        if tuned:
+            session = self.editor.tune(self.photos[pair], replace(self.tune, caption=self.captions[pair]))
+            for setting, edit in zip(tuned, self.editor.edits(session, target, [s.edit for s in tuned]), strict=True):
+                self._keep(pair, setting, edit)
+
+    def _keep(self, pair: int, setting: Setting, edit: Edit) -> None:
+        partial = self.path(pair, setting).with_suffix(".partial")
+        edit.image.save(partial, format="PNG")
+        partial.replace(self.path(pair, setting))
 
     def _untuned(self, pair: int) -> Session:
         """A session in which nothing was learned: one weight, at its original value."""
