@@ -15,7 +15,7 @@ from forgedit.model import Model
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.forget import forget_weights
-from forgedit.stages.sample import sample_ddim
+from forgedit.stages.sample import clean_and_noise, sample_ddim
 from forgedit.stages.tune import tune
 from forgedit.weights import Weights
 
@@ -110,6 +110,23 @@ class Reference:
             generator=torch.Generator().manual_seed(config.seed),
             on_step=on_step,
         ).latents
+
+    @torch.no_grad()
+    def predict(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The noise that the UNet sees under each of several prompts, without guidance.
+
+        noisy: [B, C, h, w] float32; timesteps: [B] int64, one a row; embeddings: [K, T, D]; all on the model's device
+        Returns: [K, B, C, h, w] float32
+        """
+        model, alphas = self._model, self._model.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        prompts = len(embeddings)
+        answers = model.unet(
+            noisy.repeat(prompts, 1, 1, 1),
+            timesteps.repeat(prompts),
+            embeddings.repeat_interleave(len(noisy), dim=0),
+            return_dict=False,
+        )[0].unflatten(0, (prompts, len(noisy)))
+        return clean_and_noise(noisy, answers, alphas, model.prediction_type)[1]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents [B, C, h, w]."""

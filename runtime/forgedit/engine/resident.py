@@ -23,6 +23,7 @@ from forgedit.model import Model
 from forgedit.model.fuse import FusedUNet
 from forgedit.model.schedulers import make_scheduler
 from forgedit.stages.decode import decode_latents
+from forgedit.stages.sample import clean_and_noise
 from forgedit_kernels import backend_for, blend_embeddings
 
 DECODE_TOGETHER = 4  # pictures: the VAE's features are large, and few of them fill a device
@@ -147,6 +148,17 @@ class Resident:
             version=self._weights.version,
             on_step=on_step,
         )
+
+    @torch.no_grad()
+    def predict(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """As Reference.predict says, with the weights that were loaded last; nothing is captured."""
+        unet, alphas = self._unet, self._model.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        prompts = len(embeddings)
+        rows = noisy.to(unet.dtype).repeat(prompts, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        times = unet.project_timesteps(timesteps).repeat(prompts, 1)  # the UNet shares a row among prompts only if all
+        projected = unet.project_prompts(embeddings.repeat_interleave(len(noisy), dim=0))  # are at one timestep
+        answers = unet(rows, times, projected).float().unflatten(0, (prompts, len(noisy)))
+        return clean_and_noise(noisy, answers, alphas, self._model.prediction_type)[1]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents [B, C, h, w]."""
