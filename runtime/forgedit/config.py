@@ -140,7 +140,8 @@ class TuneConfig:
 
     profile: 'official' follows the authors' program, 'paper' the paper, 'dreambooth' trains UNet and text encoder whole
     num_steps: updates at most, each on batch_size samples of noise and timestep
-    unet_lr, embedding_lr, text_encoder_lr: Adam's rates; its betas are 0.9 and 0.999, its eps is eps
+    unet_lr, embedding_lr, text_encoder_lr: Adam's rates, 0 to leave that part as it is; its betas are 0.9 and 0.999,
+        its eps is eps
     loss_threshold: a smaller loss ends the tune once step * batch_size > min_samples; 0 never does
     loss_scale: the loss is multiplied by it before the backward pass and never divided again, as upstream's is
     resize: 'fit' keeps the photo's aspect ratio, 'squash' does not

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
-from forgedit.engine.batch import expected_seconds, in_batches, make_batch, warm_up
+from forgedit.engine.batch import Leg, Travelled, expected_seconds, in_batches, make_batch, travel, warm_up
 from forgedit.engine.graphs import GraphCache
+from forgedit.engine.learner import Learned
 from forgedit.engine.numerics import check_numerics, true_float32
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
@@ -36,7 +37,7 @@ from forgedit.stages.encode import (
     resize_photo,
 )
 from forgedit.stages.photo import Photo, composite_photo, open_photo
-from forgedit.stages.tune import trainable_names
+from forgedit.stages.tune import first_embedding, trainable_names
 from forgedit.turns import Turns
 from forgedit.weights import Weights
 from forgedit_kernels import available_backends
@@ -145,6 +146,7 @@ class Editor:
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
         target: str = "",
+        embedding: Tensor | None = None,
     ) -> Session:
         """Learn one photo (METHOD sections 1, 2, 6).
 
@@ -153,8 +155,11 @@ class Editor:
             tune; it may not call the editor
         cancel: once set, from any thread, the tune ends within one step; also while it waits for its turn
         target: the coming target if known; only decides the caption's prefix
+        embedding: [1, T, D], where learning starts instead of the caption's, such as another session's. With all rates
+            0 nothing is learned, at once, and the session is of the original weights
         Raises: InputError for the photo or the caption; ModelError without captioner and caption; TuneDiverged;
-            Cancelled; ValueError for a profile that trains nothing of this UNet; RuntimeError from inside on_step.
+            Cancelled; ValueError for a profile that trains nothing of this UNet, or an embedding of another shape, or
+            with a text encoder that is trained; RuntimeError from inside on_step.
             A tune that fails leaves the original weights.
         Source: Forgedit, arXiv 2309.10556, section 3.2
         """
@@ -173,10 +178,14 @@ class Editor:
                 encoded = encode_image(resized, model.vae, generator)
                 ids, _ = self._prompts.tokens(caption)
                 self._restore()
-                embedding = encode_prompt(ids, model.text_encoder)
+                start = first_embedding(encode_prompt(ids, model.text_encoder), embedding, config)
             with progress.stage("tune") as report:
-                names, path = self._trained(config.profile), self._method_path()
-                learned = path.learn(encoded.latents, embedding, ids, names, config, generator, report)
+                rates = {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}
+                names = [name for name in self._trained(config.profile) if rates[name.partition(".")[0]]]
+                learned = Learned(start, {}, (), False, "nothing was learned")
+                if names or config.embedding_lr:
+                    path = self._method_path()
+                    learned = path.learn(encoded.latents, start, ids, names, config, generator, report)
                 if not all(weight.isfinite().all() for weight in (learned.embedding, *learned.tuned.values())):
                     raise TuneDiverged("the last step left values that are not finite; lower unet_lr or loss_scale")
         for stage, spent in progress.seconds.items():
@@ -236,8 +245,7 @@ class Editor:
         deadline_s: for all of them; each batch is refused or started by the time that is left
         """
         check_target(target)
-        if session.editor is not self:
-            raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
+        self._check_owner(session)
         start, shape = time.perf_counter(), self.model.latent_shape(*session.source.size)
 
         def make(waiting: Sequence[EditConfig]) -> list[Edit]:
@@ -254,6 +262,32 @@ class Editor:
             return self._path is not None and self._path.shrink()
 
         yield from in_batches(configs, session.source.size, make, shrink)
+
+    def travel(
+        self,
+        session: Session,
+        start: Tensor,
+        legs: Sequence[Leg],
+        strategy: str = "none",
+        keep: float = 0.0,
+        on_step: OnStep = None,
+        cancel: threading.Event | None = None,
+    ) -> Travelled:
+        """Take latents along schedules of your own, one after another: what other methods are made of.
+
+        session: whose UNet it is, forgotten as strategy and keep say
+        start: [1, C, h, w] float32 on the model's device, of the noise level at which the first leg begins
+        Raises: ValueError for the strategy, or another editor's session; EditDiverged; Cancelled; RuntimeError from
+            inside on_step
+        """
+        self._check_owner(session)
+        progress = Progress(on_step, cancel)
+        with self._turn(progress):
+            words = [None if leg.prompt is None else self._prompts.embed(session, leg.prompt) for leg in legs]
+            prompts = [session.embedding if prompt is None else prompt.embedding for prompt in words]
+            nothing = self._prompts.embed(session, "").embedding
+            path = self._method_path()
+            return travel(path, session, start, legs, prompts, nothing, strategy, keep, progress)
 
     def warmup(self, sizes: Iterable[tuple[int, int]] | None = None, config: EditConfig | None = None) -> None:
         """Do beforehand what the first edit of a size pays for: lay the engine out, compile kernels, capture graphs.
@@ -320,6 +354,10 @@ class Editor:
         if self.model.captioner is None:
             raise ModelError("this model has no captioner/; give the photo's caption yourself (TuneConfig.caption)")
         return caption_photo(image, self.model.captioner, self.model.processor, target)
+
+    def _check_owner(self, session: Session) -> None:
+        if session.editor is not self:
+            raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
 
     def _trained(self, profile: str) -> list[str]:
         unet = trainable_names([name for name, _ in self.model.unet.named_parameters()], profile)

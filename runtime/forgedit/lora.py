@@ -70,6 +70,10 @@ def write_lora(
     Raises: ValueError for the rank, or a change that is not finite or is nothing; OSError, with no partial file left
     """
     factorable = {name for part, module in parts.items() for name in _linear_weights(part, module)} & original.keys()
+    if not factorable:
+        raise ValueError(
+            f"none of the {len(original)} tuned weights is a matrix or a convolution; a LoRA would be empty"
+        )
     most = max(min(original[name].flatten(1).shape) for name in factorable)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
         allowed = f"a whole number from 1 to {most}, the longest of the weights' shorter sides"

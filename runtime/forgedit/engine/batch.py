@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from forgedit.config import EditConfig
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
+from forgedit.engine.sampler import Schedule
 from forgedit.engine.stats import Size, Stats
 from forgedit.errors import EditDiverged
 from forgedit.progress import Progress
@@ -95,6 +97,63 @@ def warm_up(
         path.decode(path.sample(embeddings, nothing, shape, [config], lambda *_: None))
 
 
+@dataclass(frozen=True)
+class Leg:
+    """A part of the way of latents: a schedule without a solver, under a prompt.
+
+    prompt: as the session's text encoder sees it; None for the session's source embedding
+    guidance_scale: 1 for no guidance
+    """
+
+    schedule: Schedule
+    prompt: str | None
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Travelled:
+    """Where latents came to: latents [1, C, h, w] float32, their picture, and seconds by stage."""
+
+    image: Image.Image
+    latents: Tensor
+    seconds: dict[str, float]
+
+
+def travel(
+    path: Reference | Resident,
+    session: Session,
+    start: Tensor,
+    legs: Sequence[Leg],
+    prompts: Sequence[Tensor],
+    nothing: Tensor,
+    strategy: str,
+    keep: float,
+    progress: Progress,
+) -> Travelled:
+    """As Editor.travel says. prompts: the embedding of each leg; nothing: of the empty prompt; all [1, T, D]"""
+    with progress.stage("forget"):
+        path.load(weakref.ref(session), _of_unet(session), strategy, keep)
+    latents = start
+    with progress.stage("sample") as report:
+        total, before = sum(len(leg.schedule.timesteps) for leg in legs), 0
+        for leg, prompt in zip(legs, prompts, strict=True):
+
+            def on_step(step: int, steps: int, loss: float | None, before: int = before) -> None:
+                report(before + step, total, loss)
+
+            latents = path.follow(leg.schedule, latents, prompt, nothing, leg.guidance_scale, on_step)
+            before += len(leg.schedule.timesteps)
+        if not latents.abs().max() < MOST_LATENT:
+            raise EditDiverged("the latents grew without bound; lower guidance_scale")
+    with progress.stage("decode"):
+        (image,) = path.decode(latents)
+    return Travelled(image, latents, progress.seconds)
+
+
+def _of_unet(session: Session) -> dict[str, Tensor]:
+    return {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
+
+
 def make_batch(
     path: Reference | Resident,
     session: Session,
@@ -113,13 +172,12 @@ def make_batch(
     shape: (C, h, w) of the latents; stats: is told the seconds, those of a new size as cold
     Raises: EditDiverged if the first one's latents are not finite, or too large to decode; what the stages raise
     """
-    tuned = {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
     step_size, decode_size = _sizes(configs, shape, numerics)
     cold, captures = stats.is_new("step", step_size), path.graphs.captures
     with progress.stage("blend"):
         embeddings = path.blend(session.embedding, prompt.embedding, configs)
     with progress.stage("forget"):
-        path.load(weakref.ref(session), tuned, configs[0].strategy, configs[0].keep)
+        path.load(weakref.ref(session), _of_unet(session), configs[0].strategy, configs[0].keep)
     with progress.stage("sample") as report:
         latents = path.sample(embeddings, nothing.embedding, shape, configs, report)
         sane = (latents.abs() < MOST_LATENT).flatten(1).all(dim=1).tolist()  # waits for a GPU: the seconds are its own

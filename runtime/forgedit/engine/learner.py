@@ -59,8 +59,8 @@ class Learner:
 
     unet: its weights are those to begin with whenever learn is called; nobody else uses it meanwhile
     original: float32 weights by name, prefixed 'unet.' or 'text_encoder.', never written
-    text_encoder: only profile 'dreambooth' reads it, and trains a copy
-    names: the weights to train, prefixed; rates and eps: of Adam, from config
+    text_encoder: a copy is read and trained if names has weights of it
+    names: the weights to train, prefixed; rates and eps: of Adam, from config. The embedding is not trained at rate 0
     way: its micro_batch is a divisor of config.batch_size
     backend: of forgedit_kernels, for the optimizer
     Raises: ValueError for a micro_batch that is no divisor, or a UNet of another dtype than the mode's
@@ -91,7 +91,8 @@ class Learner:
         self._weights = {name: unet.weights[name].detach() for name in mine}
         half = unet.dtype != torch.float32
         self._masters = {name: w.float() if half else w for name, w in self._weights.items()}
-        self._text: Any = copy.deepcopy(text_encoder) if config.profile == "dreambooth" else None
+        trains_text = any(name.startswith("text_encoder.") for name in names)
+        self._text: Any = copy.deepcopy(text_encoder) if trains_text else None
         self._embedding: Tensor | None = None  # made by the first photo, whose embedding has its shape
         self._rows: dict[tuple[int, ...], _Rows] = {}
         self._make_plan: Callable[..., AdamPlan | Adam8bitPlan]
@@ -173,13 +174,14 @@ class Learner:
     def _begin(self, embedding: Tensor, token_ids: Tensor) -> None:
         """Everything as before the first step."""
         names = list(self._masters)
-        if self.unet.dtype != torch.float32:
+        if names and self.unet.dtype != torch.float32:
             torch._foreach_copy_(
                 [self._masters[name] for name in names], [self._original[f"unet.{name}"] for name in names]
             )
         if self._embedding is None:
             self._embedding, self._token_ids = embedding.detach().clone(), token_ids.clone()
-            self._text_parameters = [self._embedding] if self._text is None else list(self._text.parameters())
+            if self._rates[1]:
+                self._text_parameters = [self._embedding] if self._text is None else list(self._text.parameters())
             for parameter in self._text_parameters:
                 parameter.grad = torch.zeros_like(parameter)
             grads = [parameter.grad for parameter in self._text_parameters]
@@ -245,7 +247,8 @@ class Learner:
     def _gradients(self, rows: _Rows, first: bool, last: bool) -> None:
         if first:
             held = [tensor.grad for tensor in (*self._leaves, *self._text_parameters) if tensor.grad is not None]
-            torch._foreach_zero_(held)
+            if held:  # else torch refuses
+                torch._foreach_zero_(held)
         losses = self._forward(rows)
         rows.losses.copy_(losses.detach())
         hooks = self._apply_as_they_come() if self._frees and last else []

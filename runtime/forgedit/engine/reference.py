@@ -11,6 +11,7 @@ from torch import Tensor
 from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.learner import Learned
+from forgedit.engine.sampler import Schedule
 from forgedit.model import Model
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
@@ -127,6 +128,27 @@ class Reference:
             return_dict=False,
         )[0].unflatten(0, (prompts, len(noisy)))
         return clean_and_noise(noisy, answers, alphas, model.prediction_type)[1]
+
+    @torch.no_grad()
+    def follow(
+        self,
+        schedule: Schedule,
+        start: Tensor,
+        embeddings: Tensor,
+        unconditional: Tensor,
+        guidance_scale: float,
+        on_step: Callable[[int, int, float | None], None],
+    ) -> Tensor:
+        """As Resident.follow, for one edit and a schedule without a solver; idle steps are done like any other."""
+        latents, both = start, torch.cat([unconditional, embeddings])
+        steps = zip(schedule.timesteps.tolist(), schedule.coefficients.tolist(), strict=True)
+        for step, (timestep, (kept, moved)) in enumerate(steps, 1):
+            answer = self._model.unet(torch.cat([latents, latents]), timestep, both, return_dict=False)[0]
+            unconditional_pred, conditional_pred = answer.chunk(2)
+            prediction = unconditional_pred + guidance_scale * (conditional_pred - unconditional_pred)
+            latents = kept * latents + moved * prediction
+            on_step(step, len(schedule.timesteps), None)
+        return latents
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents [B, C, h, w]."""

@@ -139,12 +139,25 @@ class Resident:
         """Latents [B, C, h, w] of configs that differ in blend and seed alone."""
         schedule = self._schedule(configs[0].scheduler, configs[0].num_steps)
         noises = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(config.seed)) for config in configs]
+        start = torch.cat(noises).to(embeddings.device)
+        return self.follow(schedule, start, embeddings, unconditional, configs[0].guidance_scale, on_step)
+
+    def follow(
+        self,
+        schedule: Schedule,
+        start: Tensor,
+        embeddings: Tensor,
+        unconditional: Tensor,
+        guidance_scale: float,
+        on_step: Callable[[int, int, float | None], None],
+    ) -> Tensor:
+        """Latents [B, C, h, w] after a schedule that begins with `start`, likewise; see Sampler.sample."""
         return self._sampler.sample(
             embeddings=embeddings,
             unconditional=unconditional,
-            noise=torch.cat(noises).to(embeddings.device),
+            noise=start,
             schedule=schedule,
-            guidance_scale=configs[0].guidance_scale,
+            guidance_scale=guidance_scale,
             version=self._weights.version,
             on_step=on_step,
         )

@@ -8,7 +8,7 @@ values, the time projections of all timesteps, and, while the weights stay, what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -81,6 +81,32 @@ def ddim_schedule(alphas_cumprod: Tensor, num_steps: int, prediction_type: str) 
     coefficients = torch.stack(rows).float()
     idle = int(coefficients[-1].tolist() == [1.0, 0.0])
     return Schedule(torch.tensor(timesteps), coefficients, idle=idle)
+
+
+def last_steps(schedule: Schedule, steps: int) -> Schedule:
+    """The end of a schedule without a solver, from latents of the noise level of its first timestep on.
+
+    Raises: ValueError if steps is not in [1, its steps]
+    """
+    total = len(schedule.timesteps)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps {steps} is out of range; expected a whole number in [1, {total}]")
+    return replace(
+        schedule, timesteps=schedule.timesteps[total - steps :], coefficients=schedule.coefficients[total - steps :]
+    )
+
+
+def inverted(schedule: Schedule) -> Schedule:
+    """The way back up a schedule without a solver: from its result to the latents it would begin with (DDIM inversion).
+
+    Each step solves c[0] * before + c[1] * prediction = after for `before`, with the UNet's answer to `after` at the
+    timestep of `before` standing for its answer to `before`: the first iterate of a fixed point. Idle steps have no way
+    back.
+    Source: Song et al. 2020, arXiv 2010.02502, section 4.3; Hertz et al. 2022, arXiv 2208.01626, section 4
+    """
+    steps = len(schedule.timesteps) - schedule.idle
+    kept, moved = schedule.coefficients[:steps].double().flip(0).unbind(dim=1)
+    return Schedule(schedule.timesteps[:steps].flip(0), torch.stack([1 / kept, -moved / kept], dim=1).float())
 
 
 def solver_schedule(timesteps: Sequence[int], solver: Callable[[], Solver]) -> Schedule:

@@ -71,7 +71,7 @@ class Tuner:
         given = config.memory_bytes or self._memory_bytes
         budget = given or device_budget(latents.device)
         # planned once, as what the first photo left behind would count against the second
-        plan = (tuple(ways), config.profile, config.num_steps, latents.shape, given)
+        plan = (tuple(ways), tuple(names), config.num_steps, latents.shape, given)
         if plan not in self._planned:
             way = ways[0] if budget is None else self._plan(ways, names, config, latents, embedding, budget)
             self._planned[plan] = way

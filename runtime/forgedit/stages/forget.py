@@ -28,6 +28,8 @@ def forgotten_names(names: Iterable[str], strategy: str) -> tuple[str, ...]:
     """
     names, matches = tuple(names), parse_strategy(strategy)
     reset = tuple(filter(matches, names))
+    if strategy != "none" and not names:
+        raise ValueError(f"no weight was tuned, and strategy {strategy!r} has nothing to reset; take strategy 'none'")
     if strategy != "none" and not reset:
         raise ValueError(
             f"strategy {strategy!r} matches none of the {len(names)} tuned tensors, such as {min(names)!r}"
@@ -61,5 +63,5 @@ def forget_weights(
             out=[working[name] for name in reset],
             backend=backend,
         )
-    share = sum(tuned[name].numel() for name in reset) / sum(weight.numel() for weight in tuned.values())
+    share = sum(tuned[name].numel() for name in reset) / max(sum(weight.numel() for weight in tuned.values()), 1)
     return Forgotten(reset, share)

@@ -48,6 +48,20 @@ def trainable_names(names: Iterable[str], profile: str) -> tuple[str, ...]:
     return chosen
 
 
+def first_embedding(caption: Tensor, given: Tensor | None, config: TuneConfig) -> Tensor:
+    """Where learning starts: the caption's embedding [1, T, D], or the one given in its place.
+
+    Raises: ValueError for one of another shape, or where the text encoder is trained, which makes its own
+    """
+    if given is None:
+        return caption
+    if config.text_encoder_lr:
+        raise ValueError("the text encoder is trained and makes the embedding; set text_encoder_lr to 0 to give one")
+    if given.shape != caption.shape:
+        raise ValueError(f"the embedding has shape {list(given.shape)}; expected {list(caption.shape)}")
+    return given.to(caption)
+
+
 def training_target(noise: Tensor, latents: Tensor, signal: Tensor, prediction_type: str) -> Tensor:
     """What the UNet should answer: the noise (epsilon), or the velocity sqrt(signal) noise - sqrt(1 - signal) latents.
 
@@ -83,7 +97,8 @@ def tune(
 ) -> Tuned:
     """Train in place the weights the profile names; e_src is a copy. The caller restores weights and gradients.
 
-    unet, text_encoder: contiguous modules; only profile 'dreambooth' trains and reads the text encoder
+    unet, text_encoder: contiguous modules; only profile 'dreambooth' trains and reads the text encoder. What has rate 0
+        in the config is not trained; one rate at least is more
     token_ids, embedding: [1, T] and [1, T, D] of the source prompt; latents: [1, C, h, w], scaled
     alphas_cumprod: [train steps]; all on one device
     prediction_type: 'epsilon' or 'v_prediction', see training_target; config.loss_threshold is in the loss's own units
@@ -91,22 +106,22 @@ def tune(
     on_step: called with (step, total, loss) after each step
     Raises: TuneDiverged if the loss is not finite; ValueError for a UNet that is not contiguous, or the prediction_type
     """
-    dreambooth = config.profile == "dreambooth"
+    trains_text = config.text_encoder_lr > 0
     parameters = dict(unet.named_parameters())
     strided = [name for name, weight in parameters.items() if not weight.is_contiguous()]
     if strided:  # torch 2.13 crashes on the CPU in the backward pass of a channels-last UNet with frozen blocks
         raise ValueError(f"{len(strided)} UNet weights, such as {strided[0]!r}, are not contiguous; make them so first")
-    names = trainable_names(parameters, config.profile)
+    names = trainable_names(parameters, config.profile) if config.unet_lr else ()
     chosen = [parameters[name] for name in names]
     unet.requires_grad_(False)
-    text_encoder.requires_grad_(dreambooth)
+    text_encoder.requires_grad_(trains_text)
     for parameter in chosen:
         parameter.requires_grad_(True)
     embedding = embedding.detach().clone()
     groups: list[dict[str, Any]] = [dict(params=chosen, lr=config.unet_lr)]
-    if dreambooth:
+    if trains_text:
         groups.append(dict(params=list(text_encoder.parameters()), lr=config.text_encoder_lr))
-    else:
+    elif config.embedding_lr:
         groups.append(dict(params=[embedding.requires_grad_(True)], lr=config.embedding_lr))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=config.eps)
     batch = latents.expand(config.batch_size, -1, -1, -1).contiguous()
@@ -117,7 +132,7 @@ def tune(
         timesteps = torch.randint(0, len(alphas_cumprod), (config.batch_size,), generator=generator).to(batch.device)
         signal = alphas_cumprod[timesteps][:, None, None, None]
         noisy = signal**0.5 * batch + (1 - signal) ** 0.5 * noise
-        source = text_encoder(token_ids).last_hidden_state if dreambooth else embedding
+        source = text_encoder(token_ids).last_hidden_state if trains_text else embedding
         target = training_target(noise, batch, signal, prediction_type)
         prediction = unet(noisy, timesteps, source.expand(config.batch_size, -1, -1), return_dict=False)[0]
         loss = mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)).mean()
@@ -132,7 +147,7 @@ def tune(
         on_step(step + 1, config.num_steps, losses[-1])
         if stopped_early:
             break
-    if dreambooth:
+    if trains_text:
         with torch.no_grad():
             embedding = text_encoder(token_ids).last_hidden_state
     return Tuned(embedding.detach(), names, tuple(losses), stopped_early)
