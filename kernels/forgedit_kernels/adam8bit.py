@@ -26,23 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgedit_kernels.adam import (
-    AdamPlan,
-    Corrections,
-    adam_reference,
-    alignment,
-    check_settings,
-    check_tensors,
-    settings,
-    shape_key,
-    work_blocks,
-    work_table,
-)
+from forgedit_kernels.adam import AdamPlan, adam_reference
 from forgedit_kernels.adam8bit_bitsandbytes import adam8bit_bitsandbytes, bitsandbytes_obstacle
 from forgedit_kernels.adam8bit_triton import ROWS, TILES, WARPS, adam8bit_kernel
-from forgedit_kernels.adam_triton import tl_dtype
-from forgedit_kernels.dispatch import choose, native_module, native_obstacle, triton_obstacle
-from forgedit_kernels.table import preferred
+from forgedit_kernels.adam_work import Corrections, Given, Work, check_tensors
 
 BLOCK = 256
 LEAST_8BIT = 4096
@@ -148,53 +135,35 @@ class Adam8bitPlan:
         """bounded: see the top of the file; False steps as bitsandbytes does
         backend: 'bitsandbytes' too, when named, which cannot be bounded, nor captured in a graph
         """
-        every, grads, rounded = list(params), _listed(gradients), _listed(copies)
-        rates = [float(lr)] * len(every) if isinstance(lr, (int, float)) else list(lr)
-        check_tensors(every, grads, rounded)
-        check_settings(len(every), rates, betas, eps, num_threads)
-        self.betas, self.eps, self._num_threads = betas, eps, num_threads
-        self._least = least_square(betas) if bounded else 0.0
-        p = every[0] if every else torch.empty(0)
-        obstacles = {
-            "triton": lambda: triton_obstacle(p.device, p.dtype, (torch.float32,)),
-            "native": lambda: native_obstacle(p.device, p.dtype, (torch.float32,)),
-        }
-        if backend == "bitsandbytes":
-            obstacles[backend] = bitsandbytes_obstacle
-            if bounded:
-                raise ValueError("backend 'bitsandbytes' has no bound; take bounded=False, or another backend")
-        measured = preferred("adam8bit", p.device, shape_key(rounded[0].dtype if rounded else None))
-        self.backend = choose("adam8bit", backend, obstacles, measured)
-        small = [index for index, w in enumerate(every) if w.numel() < LEAST_8BIT]
-        large = [index for index, w in enumerate(every) if w.numel() >= LEAST_8BIT]
+        given = Given.checked(params, gradients, copies, lr, betas, eps, num_threads)
+        if backend == "bitsandbytes" and bounded:
+            raise ValueError("backend 'bitsandbytes' has no bound; take bounded=False, or another backend")
+        more = {backend: bitsandbytes_obstacle} if backend == "bitsandbytes" else {}
+        self.backend = given.choose("adam8bit", backend, more)
+        self.params, self.gradients, self.copies = given.params, given.gradients, given.copies
+        self.betas, self.eps = betas, eps
+        small = [index for index, w in enumerate(self.params) if w.numel() < LEAST_8BIT]
+        large = [index for index, w in enumerate(self.params) if w.numel() >= LEAST_8BIT]
         self._place = {index: (which is large, place) for which in (small, large) for place, index in enumerate(which)}
+        few, self._large = given.part(small), given.part(large)
         self.small = AdamPlan(
-            [every[i] for i in small],
-            grads and [grads[i] for i in small],
-            lr=[rates[i] for i in small],
+            few.params,
+            few.gradients,
+            lr=few.rates,
             betas=betas,
             eps=eps,
-            copies=rounded and [rounded[i] for i in small],
+            copies=few.copies,
             backend="auto" if self.backend == "bitsandbytes" else self.backend,
             num_threads=num_threads,
         )
-        self.params, self.large = every, [every[i] for i in large]
-        self.gradients, self.copies = grads, rounded
-        self._gradients = None if grads is None else [grads[i] for i in large]
-        self._copies = None if rounded is None else [rounded[i] for i in large]
-        self._counts = [w.numel() for w in self.large]
+        self.large = self._large.params
         self.moments, self.squares = _zero_states(self.large), _zero_states(self.large)
-        self._rates = [rates[i] for i in large]
-        self.corrections = Corrections(self._rates, betas, p.device)
-        self._maps = [values.to(p.device) for signed in (True, False) for values in dynamic_map(signed)]
+        self.corrections = Corrections(self._large.rates, betas, given.device)
+        self._least = least_square(betas) if bounded else 0.0
+        self._maps = [values.to(given.device) for signed in (True, False) for values in dynamic_map(signed)]
         states = [[getattr(state, part) for state in side] for part in ("codes", "largest") for side in self._states()]
-        table = work_table((self.large, self._gradients, *states, self._copies), self._counts)
-        if self.backend == "triton":
-            self._align = alignment(table[:, :-1].flatten().tolist())
-            blocks, self._starts = work_blocks(self._counts, TILES * ROWS * BLOCK)
-            self._work = table.to(p.device), blocks.to(p.device)
-        if self.backend == "native":
-            self._rows = table.tolist()
+        columns = (self.large, self._large.gradients, *states, self._large.copies)
+        self._work = Work(self._large, columns, self.corrections, self.backend, TILES * ROWS * BLOCK)
 
     def _states(self) -> tuple[list[Quantized], list[Quantized]]:
         return self.moments, self.squares
@@ -216,8 +185,8 @@ class Adam8bitPlan:
         """One step of all tensors. Raises: ValueError if the plan has no gradients"""
         self.small.run()  # counts its own step
         self.corrections.advance()
-        assert self._gradients is not None, "or small.run() has raised"
-        self._update(slice(None), self._gradients, 0)
+        assert self._large.gradients is not None, "or small.run() has raised"
+        self._update(slice(None), self._large.gradients, 0)
 
     def apply(self, index: int, gradient: Tensor) -> None:
         """Within a step, update params[index] by this gradient. Raises: ValueError for a gradient unlike it"""
@@ -228,63 +197,24 @@ class Adam8bitPlan:
         check_tensors([self.large[place]], [gradient], None)
         self._update(slice(place, place + 1), [gradient], gradient.data_ptr())
 
-    def _update(self, chosen: slice, gradients: list[Tensor], address: int) -> None:
-        """address: of the only gradient, or 0 for those the plan was made with"""
-        params, copies = self.large[chosen], None if self._copies is None else self._copies[chosen]
-        if not params:
+    def _update(self, chosen: slice, gradients: list[Tensor], address: int, instructions: str = "") -> None:
+        """address: of the only gradient, or 0 for those the plan was made with; instructions: see Work.call"""
+        if not self.large[chosen]:
             return
+        dtype = gradients[0].dtype
         if self.backend == "triton":
-            self._update_triton(chosen, gradients[0].dtype, address)
+            sizes = {"ROWS": ROWS, "TILES": TILES, "num_warps": WARPS}
+            self._work.launch(adam8bit_kernel, chosen, dtype, address, *self._maps, least=self._least, **sizes)
         elif self.backend == "native":
-            self._update_native(chosen, gradients[0].dtype, address)
+            maps = [values.data_ptr() for values in self._maps]
+            self._work.call("adam8bit", chosen, dtype, address, instructions, maps, least=self._least)
         elif self.backend == "bitsandbytes":
             self._update_bitsandbytes(chosen, gradients)
         else:
-            scales = self.corrections.scales
-            scales = torch.cat((scales[:1], scales[1:][chosen]))
-            states = self.moments[chosen], self.squares[chosen]
-            adam8bit_reference(params, gradients, *states, copies, scales, self.betas, self.eps, self._least)
-            return
-        torch.autograd.graph.increment_version([*params, *(copies or ())])  # written behind autograd's back
-
-    def _update_triton(self, chosen: slice, gradient_dtype: torch.dtype, address: int) -> None:
-        table, blocks = self._work
-        first, *_, last = self._starts[chosen.start : None if chosen.stop is None else chosen.stop + 1]
-        with torch.cuda.device_of(table):
-            adam8bit_kernel[(last - first,)](
-                table,
-                blocks,
-                self.corrections.scales,
-                *self._maps,
-                address,
-                first,
-                **settings(self.betas, self.eps),
-                least=self._least,
-                GRADIENT=tl_dtype(gradient_dtype),
-                COPY=tl_dtype(self._copies[0].dtype if self._copies else None),
-                ALIGN=min(self._align, alignment([address])),
-                ROWS=ROWS,
-                TILES=TILES,
-                num_warps=WARPS,
-            )
-
-    def _update_native(self, chosen: slice, gradient_dtype: torch.dtype, address: int, instructions: str = "") -> None:
-        """instructions: one of the module's instruction_sets(); '' takes the widest"""
-        native = native_module()
-        assert native is not None, "dispatch chose an absent module"
-        root, *sizes = self.corrections.scales.tolist()
-        native.adam8bit(
-            [[row[0], address or row[1], *row[2:]] for row in self._rows[chosen]],
-            sizes[chosen],
-            [values.data_ptr() for values in self._maps],
-            root=root,
-            **settings(self.betas, self.eps),
-            least=self._least,
-            gradient=str(gradient_dtype)[6:],
-            copy=str(self._copies[0].dtype)[6:] if self._copies else "",
-            threads=self._num_threads or torch.get_num_threads(),
-            instruction_set=instructions or native.instruction_sets()[-1],
-        )
+            lists = self.large[chosen], gradients, self.moments[chosen], self.squares[chosen]
+            copies = None if self._large.copies is None else self._large.copies[chosen]
+            scales = self.corrections.scales_of(chosen)
+            adam8bit_reference(*lists, copies, scales, self.betas, self.eps, self._least)
 
     def _update_bitsandbytes(self, chosen: slice, gradients: list[Tensor]) -> None:
         moments, squares = ([(state.codes, state.largest) for state in side[chosen]] for side in self._states())
@@ -292,14 +222,11 @@ class Adam8bitPlan:
         params = self.large[chosen]
         adam8bit_bitsandbytes(
             [_flat(p) for p in params], [_flat(g) for g in gradients], moments, squares, (m_values, v_values),
-            self._rates[chosen], int(self.corrections.step), self.betas, self.eps,
+            self._large.rates[chosen], int(self.corrections.step), self.betas, self.eps,
         )  # fmt: skip
-        for copy, p in zip(self._copies[chosen] if self._copies else (), params, strict=False):
+        for copy, p in zip(self._large.copies[chosen] if self._large.copies else (), params, strict=False):
             copy.copy_(p)
-
-
-def _listed(tensors: Iterable[Tensor] | None) -> list[Tensor] | None:
-    return None if tensors is None else list(tensors)
+        self._work.mark_written(chosen)
 
 
 def _zero_states(params: Sequence[Tensor]) -> list[Quantized]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forgedit_kernels.adam import AdamPlan, adam_reference, work_blocks
+from forgedit_kernels.adam import AdamPlan, adam_reference
+from forgedit_kernels.adam_work import work_blocks
 from forgedit_kernels.dispatch import native_module
 from forgedit_kernels.jit import interpreted
 
@@ -128,10 +129,7 @@ def _by_plan(backend: str, instruction_set: str = "") -> Update:
             for state, values in zip(mine, given, strict=True):
                 state.copy_(values)
         plan.corrections.scales.copy_(scales)
-        if instruction_set:
-            plan._update_native(slice(None), torch.float32, 0, instruction_set)
-        else:
-            plan._update(slice(None), gradients, 0)
+        plan._update(slice(None), gradients, 0, instruction_set)
         for mine, given in ((plan.moments, moments), (plan.squares, squares)):
             for state, values in zip(mine, given, strict=True):
                 values.copy_(state)
@@ -294,7 +292,7 @@ def test_many_small_tensors_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> 
 def test_addresses_that_are_not_aligned() -> None:
     buffers = [torch.arange(9.0) for _ in range(2)]
     plan = AdamPlan([buffers[0][1:]], [buffers[1][1:]], lr=1e-3, backend="triton")
-    assert plan._align == 1
+    assert plan._work.align == 1
     plan.run()
     assert torch.allclose(buffers[0], torch.tensor([0.0, *(x - 1e-3 for x in range(1, 9))]), rtol=0, atol=1e-6)
 

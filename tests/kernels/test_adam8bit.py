@@ -132,10 +132,7 @@ def _by_plan(backend: str, instruction_set: str = "") -> Update:
         for mine, given in sides:
             _copy_states(given, mine)
         plan.corrections.scales.copy_(scales)
-        if instruction_set:
-            plan._update_native(slice(None), torch.float32, 0, instruction_set)
-        else:
-            plan._update(slice(None), g, 0)
+        plan._update(slice(None), g, 0, instruction_set)
         for mine, given in sides:
             _copy_states(mine, given)
 
