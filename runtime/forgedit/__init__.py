@@ -2,7 +2,7 @@
 
 import logging
 
-from forgedit.config import STRATEGIES, Defaults, EditConfig, SweepConfig, TuneConfig
+from forgedit.config import STRATEGIES, ChooseConfig, Defaults, EditConfig, SweepConfig, TuneConfig
 from forgedit.editor import Editor
 from forgedit.errors import (
     Cancelled,
@@ -16,17 +16,22 @@ from forgedit.errors import (
 )
 from forgedit.lora import SavedLora
 from forgedit.progress import StepEvent
+from forgedit.quality.choose import Candidate, Choice, Evidence
 from forgedit.session import Edit, SavedSession, Session
 
 __all__ = [
     "STRATEGIES",
     "Cancelled",
+    "Candidate",
+    "Choice",
+    "ChooseConfig",
     "DeadlineExceeded",
     "Defaults",
     "Edit",
     "EditConfig",
     "EditDiverged",
     "Editor",
+    "Evidence",
     "ForgeditError",
     "InputError",
     "ModelError",

@@ -278,21 +278,90 @@ class SweepConfig:
         ]
 
 
+def parse_rung(rung: str) -> dict[str, Any]:
+    """A rung of a ladder, 'STRATEGY:STRENGTH' or 'STRATEGY:STRENGTH:SEED', as fields of EditConfig.
+
+    STRENGTH: gamma of blend 'vs', such as 1.2; or identity_weight+edit_weight of blend 'vp', such as 0.9+1.3
+    SEED: counted from the base edit's own; 0 if left out
+    Raises: ValueError for anything else
+    """
+    strategy, *rest = rung.split(":")
+    try:
+        strengths = [float(part) for part in rest[0].split("+")]
+        seed = int(rest[1]) if len(rest) > 1 else 0
+        if len(strengths) > 2 or len(rest) > 2 or seed < 0:
+            raise ValueError
+    except (IndexError, ValueError):
+        raise ValueError(
+            f"cannot read the rung {rung!r}; expected STRATEGY:GAMMA or STRATEGY:IDENTITY+EDIT, and :SEED if not 0, "
+            "such as encoderattn:0.9, none:0.9+1.3 or none:1.2:1"
+        ) from None
+    strength: dict[str, Any] = {"blend": "vs", "gamma": strengths[0]}
+    if len(strengths) == 2:
+        strength = {"blend": "vp", "identity_weight": strengths[0], "edit_weight": strengths[1]}
+    EditConfig(strategy=strategy, seed=seed, **strength)
+    return {"strategy": strategy, "seed": seed, **strength}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseConfig:
+    """How an edit is chosen by itself: what is tried, in which order, and what is good enough.
+
+    ladder: rungs, see parse_rung, tried in this order
+    max_edits: made at most; budget_s: seconds for all of them, None for no limit; at_once: made between two looks
+    least_margin: an edit agrees with the target if it is nearer to it than to the source by this, cosines of the scorer
+    least_kept_db: a good edit's PSNR against the photo, at least
+    Thresholds belong to one scorer and one kind of photo: `forgedit calibrate` finds them.
+    Raises: ValueError naming the field
+    Source: the order is METHOD item 13's, of the method's authors' own choices
+    """
+
+    ladder: tuple[str, ...] = (
+        "none:1.0",
+        "none:1.3",
+        "encoderattn:0.9",
+        "none:1.3:1",
+        "encoderattn:1.1:1",
+        "decoderattn:1.0",
+        "decoderattn:1.3",
+        "none:1.6",
+    )
+    max_edits: int = 8
+    budget_s: float | None = None
+    at_once: int = 1
+    least_margin: float = 0.0
+    least_kept_db: float = 15.0
+
+    def __post_init__(self) -> None:
+        _require(not isinstance(self.ladder, str) and len(self.ladder) > 0, "ladder", self.ladder, "at least one rung")
+        object.__setattr__(self, "ladder", tuple(self.ladder))
+        for rung in self.ladder:
+            parse_rung(rung)
+        for field in ("max_edits", "at_once"):
+            _whole(field, getattr(self, field), 1)
+        if self.budget_s is not None:
+            _number("budget_s", self.budget_s, 0.0)
+        _number("least_margin", self.least_margin, -2.0, 2.0)
+        _number("least_kept_db", self.least_kept_db, 0.0)
+
+
 @dataclass(frozen=True)
 class Defaults:
-    """Settings a model folder recommends for tune, edit and sweep; METHOD's where it says nothing."""
+    """Settings a model folder recommends to tune, edit, sweep and choose; METHOD's where it says nothing."""
 
     tune: TuneConfig
     edit: EditConfig
     sweep: SweepConfig
+    choose: ChooseConfig = ChooseConfig()
 
     @classmethod
     def merged(cls, recommended: Mapping[str, Mapping[str, Any]]) -> Defaults:
-        """recommended: the "tune", "edit" and "sweep" objects of forgedit.json, each optional.
+        """recommended: the "tune", "edit", "sweep" and "choose" objects of forgedit.json, each optional.
 
         Raises: TypeError for an unknown field, ValueError for a bad value
         """
-        unknown = set(recommended) - {"tune", "edit", "sweep"}
-        _require(not unknown, "sections", sorted(unknown), "tune, edit, sweep")
-        tune, edit, sweep = (recommended.get(section, {}) for section in ("tune", "edit", "sweep"))
-        return cls(TuneConfig(**tune), EditConfig(**edit), SweepConfig(**sweep))
+        sections = ("tune", "edit", "sweep", "choose")
+        unknown = set(recommended) - set(sections)
+        _require(not unknown, "sections", sorted(unknown), ", ".join(sections))
+        tune, edit, sweep, choose = (recommended.get(section, {}) for section in sections)
+        return cls(TuneConfig(**tune), EditConfig(**edit), SweepConfig(**sweep), ChooseConfig(**choose))

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from forgedit.apply import apply_weights, merged_weights
-from forgedit.config import EditConfig, SweepConfig, TuneConfig
+from forgedit.config import ChooseConfig, EditConfig, SweepConfig, TuneConfig
 from forgedit.delta import check_delta, pack_weight, squared_distance, unpack_weight
 from forgedit.errors import SessionError
 from forgedit.lora import SavedLora, write_lora
 from forgedit.progress import OnStep
+from forgedit.quality.choose import Choice, climb, decide
 from forgedit.session_file import read_session_file, write_session_file
 from forgedit.stages.encode import Prompt
 from forgedit.stages.photo import restore_size
@@ -130,6 +131,24 @@ class Session:
         """
         config = config or self.editor.defaults.sweep
         yield from self.editor.edits(self, target, config.edits(), on_step, cancel, deadline_s)
+
+    def choose(
+        self,
+        target: str,
+        config: ChooseConfig | None = None,
+        base: EditConfig | None = None,
+        on_step: OnStep = None,
+        cancel: threading.Event | None = None,
+    ) -> Choice:
+        """Find an edit towards the target prompt without anybody's eye: see quality.choose.
+
+        config: the ladder and what is good enough; None takes the editor's defaults.choose
+        base: what the ladder leaves open, such as guidance_scale; None takes defaults.edit
+        target, on_step, cancel, Raises: as in edit; ModelError if the model has no scorer
+        """
+        defaults, scorer = self.editor.defaults, self.editor.model.scorer
+        config = config or defaults.choose
+        return decide(list(climb(self, target, config, base or defaults.edit, scorer, on_step, cancel)), config)
 
     def save(self, path: str | Path, delta: str = "fp32") -> SavedSession:
         """Write one safetensors file, atomically: the file at `path` is the old one or the whole new one.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+MOST_DECIBELS = 100.0  # where an infinite PSNR must be a number
+
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
     """Peak signal-to-noise ratio over all RGB values, in decibels, computed in float64; infinite for equal pictures.

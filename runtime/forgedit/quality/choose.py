@@ -1,0 +1,163 @@
+"""Choosing an edit without anybody's eye: a ladder of settings is climbed until an edit is good enough.
+
+An edit *agrees* if it looks more like the target's words than like the source's, by a margin. It is *good* if it also
+kept enough of the photo. The first good one ends the climb; where none is, the choice falls on the one that agrees and
+kept most, and where none agrees, on the one that comes nearest to it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from forgedit.config import ChooseConfig, EditConfig, parse_rung
+from forgedit.errors import ModelError
+from forgedit.progress import OnStep
+from forgedit.quality.agreement import Scorer, direction, similarity
+from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from forgedit.session import Edit, Session
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one edit without asking anybody.
+
+    margin: how much nearer the picture is to the target's words than to the source's, cosines, in [-2, 2]
+    similarity: cosine of picture and target; direction: of the change of the picture and that of the words
+    kept_db, kept_ssim: PSNR (at most MOST_DECIBELS) and SSIM against the photo at the edited size
+    identity: cosine of picture and photo
+    """
+
+    margin: float
+    similarity: float
+    direction: float
+    kept_db: float
+    kept_ssim: float
+    identity: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rung's edit. agrees, good: by the thresholds of the climb's ChooseConfig."""
+
+    edit: Edit
+    evidence: Evidence
+    agrees: bool
+    good: bool
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self.evidence) | {"agrees": self.agrees, "good": self.good}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """chosen: one of the candidates, which stand in the order they were made; reason: why it, and why no more."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+
+class Witness:
+    """Collects the evidence for edits of one photo towards one target; its texts and its photo are embedded once."""
+
+    def __init__(self, scorer: Scorer, photo: Image.Image, caption: str, target: str) -> None:
+        self._scorer, self._photo = scorer, photo
+        self._source_text, self._target_text = scorer.embed_texts([caption, target])
+        self._source_image: Tensor = scorer.embed_images([photo])[0]
+
+    def see(self, pictures: Sequence[Image.Image]) -> list[Evidence]:
+        """pictures: of the photo's size."""
+        seen = self._scorer.embed_images(pictures)
+        to_target, to_source = similarity(seen, self._target_text), similarity(seen, self._source_text)
+        turned = direction(self._source_image, seen, self._source_text, self._target_text)
+        identity = similarity(seen, self._source_image)
+        return [
+            Evidence(
+                margin=float(to_target[row] - to_source[row]),
+                similarity=float(to_target[row]),
+                direction=float(turned[row]),
+                kept_db=min(psnr(picture, self._photo), MOST_DECIBELS),
+                kept_ssim=ssim(picture, self._photo),
+                identity=float(identity[row]),
+            )
+            for row, picture in enumerate(pictures)
+        ]
+
+
+def rungs(config: ChooseConfig, base: EditConfig) -> list[EditConfig]:
+    """The ladder's edits, at most config.max_edits; what a rung does not name is base's, its seed counted from it."""
+    ladder = []
+    for rung in config.ladder[: config.max_edits]:
+        named = parse_rung(rung)
+        ladder.append(replace(base, **named | {"seed": base.seed + named["seed"]}))
+    return ladder
+
+
+def judged(edit: Edit, evidence: Evidence, config: ChooseConfig) -> Candidate:
+    """With the verdicts of config's thresholds."""
+    agrees = evidence.margin >= config.least_margin
+    return Candidate(edit, evidence, agrees, agrees and evidence.kept_db >= config.least_kept_db)
+
+
+def climb(
+    session: Session,
+    target: str,
+    config: ChooseConfig,
+    base: EditConfig,
+    scorer: Scorer | None,
+    on_step: OnStep = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[Candidate]:
+    """Make edits rung by rung, and yield each with its evidence, until one is good, or ladder or budget end.
+
+    base: what the rungs leave open; on_step, cancel, Raises: as Session.edit has them; ModelError without a scorer
+    The first edits are made whatever the budget; later ones only if those before say that there is time.
+    """
+    if scorer is None:
+        raise ModelError(
+            "this model has no scorer to choose edits by; give a CLIP folder (scorer=, --scorer), or name the settings"
+        )
+    start, longest, ladder = time.perf_counter(), 0.0, rungs(config, base)
+    witness = Witness(scorer, session.source, session.caption, target)
+    while ladder:
+        begin = time.perf_counter()
+        if config.budget_s is not None and longest and begin - start + longest > config.budget_s:
+            return
+        now, ladder = ladder[: config.at_once], ladder[config.at_once :]
+        edits = list(session.editor.edits(session, target, now, on_step, cancel))
+        evidence = witness.see([edit.image for edit in edits])
+        candidates = [judged(edit, seen, config) for edit, seen in zip(edits, evidence, strict=True)]
+        longest = max(longest, time.perf_counter() - begin)
+        yield from candidates
+        if any(candidate.good for candidate in candidates):
+            return
+
+
+def decide(candidates: Sequence[Candidate], config: ChooseConfig) -> Choice:
+    """The best of a climb. Raises: ValueError without candidates."""
+    if not candidates:
+        raise ValueError("there are no edits to choose among; expected at least one")
+    good = [candidate for candidate in candidates if candidate.good]
+    agreeing = [candidate for candidate in candidates if candidate.agrees]
+    if good:
+        reason = f"good enough: margin at least {config.least_margin:g}, kept at least {config.least_kept_db:g} dB"
+    elif agreeing:
+        reason = f"none kept {config.least_kept_db:g} dB; of those that agree with the target the one that kept most"
+    else:
+        reason = f"none agrees with the target by {config.least_margin:g}; the one that comes nearest to it"
+    if good or agreeing:
+        chosen = max(good or agreeing, key=lambda candidate: candidate.evidence.kept_db)
+    else:
+        chosen = max(candidates, key=lambda candidate: candidate.evidence.margin)
+    return Choice(chosen, tuple(candidates), reason)
