@@ -1,4 +1,4 @@
-"""The command line: edit, tune, sweep, export, caption, info, demo, profile, autotune.
+"""The command line: edit, tune, sweep, export, caption, info, demo, profile, autotune, evaluate.
 
 Exit codes: 0 done; 1 the machine or the model failed; 2 wrong input, nothing was written; 130 interrupted, what was
 finished is kept.
@@ -25,6 +25,7 @@ from forgedit.editor import Editor
 from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.plan import parse_bytes
 from forgedit.errors import ForgeditError, InputError, SessionError
+from forgedit.evaluate.command import add_evaluate_flags, check_evaluation, run_evaluation
 from forgedit.flags import add_flags
 from forgedit.job import check_job
 from forgedit.model.hub import is_hub_id
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--edits", type=int, default=1, help="made together (default 1)")
     add_profile_flags(command("profile", "trace and measure a tune and edits: ops, roofline, latencies, memory"))
+    add_evaluate_flags(command("evaluate", "measure ways of editing on a benchmark, with intervals"))
     sub = command("demo", "tune, edit and sweep the photo that comes with the model")
     sub.add_argument("--out", metavar="DIR", type=Path, default=Path("out/demo"))
     return parser
@@ -154,7 +156,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     _set_machine(args)
     if args.command == "export":
         _check_export(args)
-    job = None if args.command in ("info", "autotune", "export") else check_job(args)
+    cases = check_evaluation(args) if args.command == "evaluate" else []
+    job = None if args.command in ("info", "autotune", "export", "evaluate") else check_job(args)
     begin = time.perf_counter()
     editor = _editor(args, args.numerics)
     load_seconds = time.perf_counter() - begin
@@ -162,6 +165,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         return _autotune(args, editor, console)
     if args.command == "export":
         return _export(args, editor, console)
+    if args.command == "evaluate":
+        return run_evaluation(args, cases, editor, console)
     if job is None:
         facts = {**editor.info(), "threads": torch.get_num_threads(), "recommended": asdict(editor.defaults)}
         console.event("info", **facts)

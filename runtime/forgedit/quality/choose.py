@@ -104,10 +104,14 @@ def rungs(config: ChooseConfig, base: EditConfig) -> list[EditConfig]:
     return ladder
 
 
-def judged(edit: Edit, evidence: Evidence, config: ChooseConfig) -> Candidate:
-    """With the verdicts of config's thresholds."""
-    agrees = evidence.margin >= config.least_margin
-    return Candidate(edit, evidence, agrees, agrees and evidence.kept_db >= config.least_kept_db)
+def agrees(evidence: Evidence, config: ChooseConfig) -> bool:
+    """Whether the edit shows the target, by config's threshold."""
+    return evidence.margin >= config.least_margin
+
+
+def is_good(evidence: Evidence, config: ChooseConfig) -> bool:
+    """Whether it agrees and kept enough, by config's thresholds."""
+    return agrees(evidence, config) and evidence.kept_db >= config.least_kept_db
 
 
 def climb(
@@ -137,7 +141,10 @@ def climb(
         now, ladder = ladder[: config.at_once], ladder[config.at_once :]
         edits = list(session.editor.edits(session, target, now, on_step, cancel))
         evidence = witness.see([edit.image for edit in edits])
-        candidates = [judged(edit, seen, config) for edit, seen in zip(edits, evidence, strict=True)]
+        candidates = [
+            Candidate(edit, seen, agrees(seen, config), is_good(seen, config))
+            for edit, seen in zip(edits, evidence, strict=True)
+        ]
         longest = max(longest, time.perf_counter() - begin)
         yield from candidates
         if any(candidate.good for candidate in candidates):

@@ -1,0 +1,184 @@
+"""The fixed protocol: every case learned once for all ways that learn alike, edited with every seed, and measured.
+
+A row is written for each picture as soon as it is made, and read again by a run that goes on where another was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from forgedit.config import EditConfig, parse_strategy
+from forgedit.editor import Editor
+from forgedit.errors import InputError
+from forgedit.evaluate.baselines import BASELINES, Learning, Making, Tuned
+from forgedit.evaluate.cases import Case
+from forgedit.progress import OnStep
+from forgedit.quality.choose import Witness, climb, decide, is_good
+from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
+from forgedit.quality.report import peak_bytes
+from forgedit.session import Session
+
+OWN_WAYS = ("recommended", "auto")
+
+Truth = Callable[[int, Image.Image], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of editing. making: None chooses among edits (Session.choose); strategy: None keeps the model's own."""
+
+    name: str
+    learning: Learning
+    making: Making | None
+    strategy: str | None = None
+
+
+class _Recommended:
+    """The edit that the model's folder recommends."""
+
+    def make(self, session: Session, target: str, config: EditConfig) -> Image.Image:
+        return session.edit(target, config).image
+
+
+def way_names() -> list[str]:
+    """Those that parse_way knows, without strategies."""
+    return [*OWN_WAYS, *map(_slug, BASELINES)]
+
+
+def parse_way(text: str) -> Way:
+    """'recommended', 'auto', or a baseline, as 'imagic' or with what it forgets, 'imagic:encoderattn'.
+
+    Raises: InputError
+    """
+    name, _, strategy = text.partition(":")
+    known = {_slug(title): baseline for title, baseline in BASELINES.items()}
+    try:
+        if strategy:
+            parse_strategy(strategy)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if name in known:
+        return Way(text, known[name].learning, known[name].making, strategy or "none")
+    if name in OWN_WAYS:
+        if strategy and name == "auto":
+            raise InputError("'auto' chooses what is forgotten; leave out the strategy")
+        return Way(text, Tuned(), _Recommended() if name == "recommended" else None, strategy or None)
+    raise InputError(f"unknown way {name!r}; expected one of: {', '.join(way_names())}")
+
+
+def _slug(title: str) -> str:
+    return title.lower().replace(", ", "-").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is done; settings are the editor's defaults, and what its scorer sees is measured if it has one.
+
+    seeds: of the edits; truth: of a case's index and a picture, None where there is none
+    """
+
+    cases: Sequence[Case]
+    ways: Sequence[Way]
+    seeds: Sequence[int]
+    truth: Truth | None = None
+
+
+def digest_of(editor: Editor) -> str:
+    """Of everything that decides a row beside its case, way and seed."""
+    scorer = editor.model.scorer
+    settings = [editor.fingerprint, editor.numerics, asdict(editor.defaults), scorer and scorer.name]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_protocol(protocol: Protocol, editor: Editor, path: Path, on_step: OnStep = None) -> Iterator[dict[str, Any]]:
+    """Yield each row that is not in the file yet, once it is.
+
+    path: JSON lines; its folder must be there
+    Raises: InputError for a file of another protocol or that is no such file; what the stages raise
+    """
+    digest = digest_of(editor)
+    done = {(row["case"], row["way"], row["seed"]) for row in read_rows(path, digest)}
+    for index, case in enumerate(protocol.cases):
+        sessions: dict[str, Session] = {}
+        for way in sorted(protocol.ways, key=lambda way: repr(way.learning)):
+            seeds = [seed for seed in protocol.seeds if (case.name, way.name, seed) not in done]
+            if not seeds:
+                continue
+            learning = repr(way.learning)
+            if learning not in sessions:  # one at a time, as a session may be gigabytes
+                caption = editor.caption(case.photo, case.target) if case.caption is None else case.caption
+                sessions = {learning: way.learning.learn(editor, case.photo, caption, case.target)}
+            for seed in seeds:
+                measured = _measure(protocol, index, way, sessions[learning], seed, on_step)
+                row = {"protocol": digest, "case": case.name, "kind": case.kind, "way": way.name, "seed": seed}
+                row |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
+                yield row
+
+
+def read_rows(path: Path, digest: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a file, none if there is no file; what a killed run left of a last line is cut off.
+
+    digest: that all must have, None for any
+    Raises: InputError
+    """
+    if not path.exists():
+        return []
+    whole, cut = path.read_bytes().rpartition(b"\n")[::2]
+    if cut:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + bool(whole))
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        others = {row["protocol"] for row in rows} - ({digest} if digest else set())
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(path)!r} holds no rows of an evaluation ({error}); choose another --out") from error
+    if digest and others:
+        raise InputError(
+            f"{str(path)!r} is of another model or other settings; choose another --out, or take the same settings"
+        )
+    return rows
+
+
+def _measure(
+    protocol: Protocol, index: int, way: Way, session: Session, seed: int, on_step: OnStep
+) -> dict[str, float]:
+    editor, case = session.editor, protocol.cases[index]
+    config, choose, scorer = replace(editor.defaults.edit, seed=seed), editor.defaults.choose, editor.model.scorer
+    if way.strategy is not None:
+        config = replace(config, strategy=way.strategy)
+    device = editor.model.alphas_cumprod.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    made = 1.0
+    if way.making is None:
+        candidates = list(climb(session, case.target, choose, config, scorer, on_step))
+        picture = decide(candidates, choose).chosen.edit.image
+        made = float(len(candidates))
+    else:
+        picture = way.making.make(session, case.target, config)
+    measured = {
+        "seconds_edit": time.perf_counter() - start,
+        "seconds_tune": session.seconds["tune"],
+        "edits_made": made,
+        "peak_bytes": float(max(held for held in peak_bytes(device).values() if held)),
+    }
+    if scorer is None:
+        measured |= {"kept_db": min(psnr(picture, session.source), MOST_DECIBELS)}
+        measured |= {"kept_ssim": ssim(picture, session.source)}
+    else:
+        (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([picture])
+        measured |= {**asdict(evidence), "accepted": float(is_good(evidence, choose))}
+    return measured | (protocol.truth(index, picture) if protocol.truth else {})

@@ -1,0 +1,62 @@
+"""The rendered world as a benchmark: held-out pairs whose true edit is known, counted by its judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+
+from forgedit.errors import InputError
+from forgedit.evaluate.cases import Case
+from forgedit.world.judge import load_judge
+from forgedit.world.render import changed_mask, render
+from forgedit.world.scene import KINDS, Edits, captions, sample_edits
+from forgedit.world.score import score, to_images, to_pixels
+
+LEAST_OUTSIDE_DB = 22.0  # of an accepted edit, PSNR outside the true mask: the bundled model's own bar
+
+Truth = Callable[[int, Image.Image], dict[str, float]]
+
+
+def world_cases(pairs: int, seed: int, side: int) -> tuple[list[Case], Truth]:
+    """Held-out pairs, the kinds in turn, and what the truth says of a picture of one of them.
+
+    pairs: a multiple of the kinds; side: pixels of a picture
+    Returns: cases, captioned by the world; and a function of a case's index and an edited picture, giving 'success',
+        'kept' and 'accepted' as 0 or 1, 'strength' in [0, 1], and 'psnr_outside', NaN where all may change
+    Raises: InputError for another number of pairs
+    """
+    if pairs < 1 or pairs % len(KINDS):
+        raise InputError(f"--pairs {pairs} must be a positive multiple of {len(KINDS)}, the kinds of edit")
+    edits = in_turn(sample_edits(pairs // len(KINDS), seed))
+    source, _ = render(edits.source, side)
+    changed, judge = changed_mask(edits.source, edits.target, side), load_judge()
+    said, wanted, photos = captions(edits.source), captions(edits.target), to_images(source)
+    cases = [
+        Case(f"{index:04d}-{edits.kind[index]}", photos[index], wanted[index], said[index], edits.kind[index])
+        for index in range(pairs)
+    ]
+
+    def truth(index: int, picture: Image.Image) -> dict[str, float]:
+        one = slice(index, index + 1)
+        pair = Edits(edits.kind[one], edits.source[one], edits.target[one])
+        seen = score(judge, to_pixels([picture]), source[one], changed[one], pair)
+        outside = float(seen.psnr_outside)
+        kept_outside = not outside < LEAST_OUTSIDE_DB  # NaN, nothing is outside, is no fault
+        return {
+            "success": float(seen.success),
+            "kept": float(seen.kept),
+            "accepted": float(bool(seen.success) and bool(seen.kept) and kept_outside),
+            "strength": float(seen.strength),
+            "psnr_outside": outside,
+        }
+
+    return cases, truth
+
+
+def in_turn(edits: Edits) -> Edits:
+    """As many edits of each kind, one kind after the other: so ordered that the first few are of every kind."""
+    n = len(edits.kind)
+    order = torch.arange(n).view(len(KINDS), -1).T.reshape(-1)
+    return Edits([edits.kind[i] for i in order.tolist()], edits.source[order], edits.target[order])
