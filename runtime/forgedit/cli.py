@@ -1,4 +1,4 @@
-"""The command line: edit, tune, sweep, export, caption, info, demo, profile, autotune, evaluate.
+"""The command line: edit, tune, sweep, export, caption, info, demo, profile, autotune, evaluate, calibrate.
 
 Exit codes: 0 done; 1 the machine or the model failed; 2 wrong input, nothing was written; 130 interrupted, what was
 finished is kept.
@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 
 from forgedit.autotune import Measured, autotune, unet_shapes
+from forgedit.calibrate.command import add_calibrate_flags, run_calibration
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
 from forgedit.console import Console, showing_log
 from forgedit.delta import DELTA_FORMATS
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--edits", type=int, default=1, help="made together (default 1)")
     add_profile_flags(command("profile", "trace and measure a tune and edits: ops, roofline, latencies, memory"))
     add_evaluate_flags(command("evaluate", "measure ways of editing on a benchmark, with intervals"))
+    add_calibrate_flags(command("calibrate", "find, from marked sweeps, what edits are chosen by"))
     sub = command("demo", "tune, edit and sweep the photo that comes with the model")
     sub.add_argument("--out", metavar="DIR", type=Path, default=Path("out/demo"))
     return parser
@@ -157,7 +159,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if args.command == "export":
         _check_export(args)
     cases = check_evaluation(args) if args.command == "evaluate" else []
-    job = None if args.command in ("info", "autotune", "export", "evaluate") else check_job(args)
+    job = None if args.command in ("info", "autotune", "export", "evaluate", "calibrate") else check_job(args)
     begin = time.perf_counter()
     editor = _editor(args, args.numerics)
     load_seconds = time.perf_counter() - begin
@@ -165,6 +167,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         return _autotune(args, editor, console)
     if args.command == "export":
         return _export(args, editor, console)
+    if args.command == "calibrate":
+        return run_calibration(args, editor, console)
     if args.command == "evaluate":
         return run_evaluation(args, cases, editor, console)
     if job is None:

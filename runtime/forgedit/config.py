@@ -303,6 +303,12 @@ def parse_rung(rung: str) -> dict[str, Any]:
     return {"strategy": strategy, "seed": seed, **strength}
 
 
+def format_rung(config: EditConfig) -> str:
+    """The rung that parse_rung reads as this edit's strategy, strength and seed."""
+    strength = f"{config.gamma:g}" if config.blend == "vs" else f"{config.identity_weight:g}+{config.edit_weight:g}"
+    return f"{config.strategy}:{strength}" + (f":{config.seed}" if config.seed else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChooseConfig:
     """How an edit is chosen by itself: what is tried, in which order, and what is good enough.

@@ -10,8 +10,7 @@ from PIL import Image
 
 from forgedit import Cancelled, ChooseConfig, Edit, EditConfig, InputError, ModelError
 from forgedit.config import Defaults, parse_rung
-from forgedit.quality import choose
-from forgedit.quality.choose import Evidence, climb, decide, rungs
+from forgedit.quality.choose import Evidence, Verdict, climb, decide, rungs
 
 PHOTO = Image.new("RGB", (16, 16), (200, 40, 40))
 CAPTION, TARGET = "a red square", "a blue square"
@@ -62,7 +61,7 @@ def test_the_first_good_edit_ends_the_climb():
     found = session(RED, PURPLE, BLUE, BLUE)
     choice = climbed(found)
     assert [candidate.edit.image.getpixel((0, 0)) for candidate in choice.candidates] == [RED, PURPLE, BLUE]
-    assert choice.chosen is choice.candidates[2] and choice.chosen.good
+    assert choice.chosen is choice.candidates[2] and choice.chosen.verdict.good
     assert choice.reason.startswith("good enough")
 
 
@@ -83,25 +82,25 @@ def test_the_rungs_are_the_ladders_over_the_base():
 def test_where_none_is_good_the_agreeing_one_that_kept_most_wins():
     choice = climbed(session(RED, BRIGHT, BLUE, RED), least_kept_db=40.0)
     assert choice.chosen.edit.image.getpixel((0, 0)) == BLUE  # agrees as BRIGHT does, nearer to the photo
-    assert choice.chosen.agrees and not choice.chosen.good
-    assert choice.chosen.evidence.kept_db > choice.candidates[1].evidence.kept_db
+    assert choice.chosen.verdict.agrees and not choice.chosen.verdict.good
+    assert choice.chosen.verdict.evidence.kept_db > choice.candidates[1].verdict.evidence.kept_db
     assert "kept most" in choice.reason and len(choice.candidates) == 4
 
 
 def test_where_none_agrees_the_nearest_wins_though_it_kept_less():
     choice = climbed(session(RED, PURPLE, RED, RED))
-    assert choice.chosen is choice.candidates[1] and not choice.chosen.agrees
-    assert choice.chosen.evidence.kept_db < choice.candidates[0].evidence.kept_db == 100.0
+    assert choice.chosen is choice.candidates[1] and not choice.chosen.verdict.agrees
+    assert choice.chosen.verdict.evidence.kept_db < choice.candidates[0].verdict.evidence.kept_db == 100.0
     assert "none agrees" in choice.reason
 
 
 def test_evidence_is_what_it_says():
-    evidence = climbed(session(RED, BLUE)).candidates[0].evidence
+    evidence = climbed(session(RED, BLUE)).candidates[0].verdict.evidence
     assert evidence.identity == pytest.approx(1.0) and evidence.kept_db == 100.0 and evidence.kept_ssim == 1.0
     assert evidence.direction == pytest.approx(0.0, abs=1e-5)
     norm = np.hypot(200, np.hypot(40, 40))
     assert evidence.similarity == pytest.approx(40 / norm) and evidence.margin == pytest.approx((40 - 200) / norm)
-    changed = climbed(session(BLUE)).candidates[0].evidence
+    changed = climbed(session(BLUE)).candidates[0].verdict.evidence
     assert changed.direction == pytest.approx(1.0) and changed.margin == pytest.approx((200 - 40) / norm)
 
 
@@ -131,7 +130,9 @@ def test_without_a_scorer_it_says_what_to_give():
 def test_thresholds_are_met_by_reaching_them(margin, kept, agrees, good):
     evidence = Evidence(margin, 0.3, 0.3, kept, 0.9, 0.9)
     config = ChooseConfig(least_margin=0.1, least_kept_db=20)
-    assert (choose.agrees(evidence, config), choose.is_good(evidence, config)) == (agrees, good)
+    verdict = Verdict.of(evidence, config)
+    assert (verdict.agrees, verdict.good) == (agrees, good)
+    assert verdict.describe()["kept_db"] == kept
 
 
 @pytest.mark.parametrize("rung", ["none", "none:", "none:x", "none:1:2:3", "none:1+2+3", "none:1:-1", "none:1:1.5", ""])

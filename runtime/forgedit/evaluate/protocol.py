@@ -23,7 +23,7 @@ from forgedit.errors import InputError
 from forgedit.evaluate.baselines import BASELINES, Learning, Making, Tuned
 from forgedit.evaluate.cases import Case
 from forgedit.progress import OnStep
-from forgedit.quality.choose import Witness, climb, decide, is_good
+from forgedit.quality.choose import Verdict, Witness, climb, decide
 from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
 from forgedit.quality.report import peak_bytes
 from forgedit.session import Session
@@ -180,5 +180,5 @@ def _measure(
         measured |= {"kept_ssim": ssim(picture, session.source)}
     else:
         (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([picture])
-        measured |= {**asdict(evidence), "accepted": float(is_good(evidence, choose))}
+        measured |= {**asdict(evidence), "accepted": float(Verdict.of(evidence, choose).good)}
     return measured | (protocol.truth(index, picture) if protocol.truth else {})

@@ -46,17 +46,29 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One rung's edit. agrees, good: by the thresholds of the climb's ChooseConfig."""
+class Verdict:
+    """Evidence held against the thresholds. agrees: the edit shows the target; good: and it kept enough."""
 
-    edit: Edit
     evidence: Evidence
     agrees: bool
     good: bool
 
+    @classmethod
+    def of(cls, evidence: Evidence, config: ChooseConfig) -> Verdict:
+        agrees = evidence.margin >= config.least_margin
+        return cls(evidence, agrees, agrees and evidence.kept_db >= config.least_kept_db)
+
     def describe(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self.evidence) | {"agrees": self.agrees, "good": self.good}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rung's edit, and what was found of it."""
+
+    edit: Edit
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -104,16 +116,6 @@ def rungs(config: ChooseConfig, base: EditConfig) -> list[EditConfig]:
     return ladder
 
 
-def agrees(evidence: Evidence, config: ChooseConfig) -> bool:
-    """Whether the edit shows the target, by config's threshold."""
-    return evidence.margin >= config.least_margin
-
-
-def is_good(evidence: Evidence, config: ChooseConfig) -> bool:
-    """Whether it agrees and kept enough, by config's thresholds."""
-    return agrees(evidence, config) and evidence.kept_db >= config.least_kept_db
-
-
 def climb(
     session: Session,
     target: str,
@@ -141,30 +143,34 @@ def climb(
         now, ladder = ladder[: config.at_once], ladder[config.at_once :]
         edits = list(session.editor.edits(session, target, now, on_step, cancel))
         evidence = witness.see([edit.image for edit in edits])
-        candidates = [
-            Candidate(edit, seen, agrees(seen, config), is_good(seen, config))
-            for edit, seen in zip(edits, evidence, strict=True)
-        ]
+        verdicts = [Verdict.of(seen, config) for seen in evidence]
         longest = max(longest, time.perf_counter() - begin)
-        yield from candidates
-        if any(candidate.good for candidate in candidates):
+        yield from map(Candidate, edits, verdicts)
+        if any(verdict.good for verdict in verdicts):
             return
+
+
+def best_of(verdicts: Sequence[Verdict]) -> int:
+    """Which one to take: of the good ones, or else of those that agree, what kept most; or else what agrees most.
+
+    Raises: ValueError for none
+    """
+    if not verdicts:
+        raise ValueError("there are no edits to choose among; expected at least one")
+    order = range(len(verdicts))
+    shortlist = [i for i in order if verdicts[i].good] or [i for i in order if verdicts[i].agrees]
+    if shortlist:
+        return max(shortlist, key=lambda i: verdicts[i].evidence.kept_db)
+    return max(order, key=lambda i: verdicts[i].evidence.margin)
 
 
 def decide(candidates: Sequence[Candidate], config: ChooseConfig) -> Choice:
     """The best of a climb. Raises: ValueError without candidates."""
-    if not candidates:
-        raise ValueError("there are no edits to choose among; expected at least one")
-    good = [candidate for candidate in candidates if candidate.good]
-    agreeing = [candidate for candidate in candidates if candidate.agrees]
-    if good:
+    chosen = candidates[best_of([candidate.verdict for candidate in candidates])]
+    if chosen.verdict.good:
         reason = f"good enough: margin at least {config.least_margin:g}, kept at least {config.least_kept_db:g} dB"
-    elif agreeing:
+    elif chosen.verdict.agrees:
         reason = f"none kept {config.least_kept_db:g} dB; of those that agree with the target the one that kept most"
     else:
         reason = f"none agrees with the target by {config.least_margin:g}; the one that comes nearest to it"
-    if good or agreeing:
-        chosen = max(good or agreeing, key=lambda candidate: candidate.evidence.kept_db)
-    else:
-        chosen = max(candidates, key=lambda candidate: candidate.evidence.margin)
     return Choice(chosen, tuple(candidates), reason)
