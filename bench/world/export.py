@@ -41,7 +41,7 @@ def _averaged(path: Path) -> dict[str, torch.Tensor]:
 def export(folder: Path, out: Path) -> None:
     """Gather what training left into the model folder `out`; its settings, card and demo picture stay as they are.
 
-    folder: the training folder (vae_final.pt, diffusion.pt; captioner/ if trained)
+    folder: the training folder (vae_final.pt, diffusion.pt; captioner/ and clip/ if trained)
     """
     tokenizer = text.write_tokenizer(out / "tokenizer")
     vae = build_vae()
@@ -60,8 +60,9 @@ def export(folder: Path, out: Path) -> None:
         steps_offset=0,
     )
     scheduler.save_pretrained(out / "scheduler")
-    if (folder / "captioner" / "model").is_dir():
-        shutil.copytree(folder / "captioner" / "model", out / "captioner", dirs_exist_ok=True)
+    for trained, name in (("captioner", "captioner"), ("clip", "scorer")):
+        if (folder / trained / "model").is_dir():
+            shutil.copytree(folder / trained / "model", out / name, dirs_exist_ok=True)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],

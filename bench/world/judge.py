@@ -38,7 +38,7 @@ def round_trip(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat(parts).clamp(-1, 1)
 
 
-def _round_trips(vae_path: Path, data: pool.Pool, path: Path, device: str) -> Tensor:
+def round_trips(vae_path: Path, data: pool.Pool, path: Path, device: str) -> Tensor:
     """uint8 round trips of the pool's first pictures, made once and kept at `path`."""
     if path.exists():
         return torch.load(path, weights_only=True)
@@ -96,7 +96,7 @@ def build(plan: Plan, data: Path, vae: Path | None = None) -> tuple[nn.Module, L
     """For loop.launch. vae: as `load_vae` reads it; without one only renders are shown."""
     torch.manual_seed(plan.seed)
     judge, scenes = Judge(), pool.load(data)
-    trips = _round_trips(vae, scenes, plan.folder / f"{plan.name}-round-trips.pt", plan.device) if vae else None
+    trips = round_trips(vae, scenes, plan.folder / f"{plan.name}-round-trips.pt", plan.device) if vae else None
     return judge, partial(_loss, judge, scenes, trips, plan.device)
 
 

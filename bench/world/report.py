@@ -18,15 +18,17 @@ from torch import Tensor
 
 from bench.measure import provenance
 from bench.world.captioner import describe, parse_caption
+from bench.world.clip import chosen
 from bench.world.judge import round_trip
 from forgedit import Editor
 from forgedit.world.judge import Judge
 from forgedit.world.render import changed_mask, render
-from forgedit.world.scene import KINDS, Edits, sample_scenes
+from forgedit.world.scene import KINDS, Edits, Scenes, sample_scenes
 from forgedit.world.score import Figure, Scores, mean, psnr, rate, right, right_in_words, score, success, to_images
 
 SCENES = 400  # held-out scenes for the parts that need no edit
 HELD_OUT_SEED = 1_000_003
+CHOSEN = {"object": 0.95, "colour": 0.95, "background": 0.95, "pose": 0.9, "pattern": 0.9}  # the scorer's bars
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ def part_lines(editor: Editor, judge: Judge) -> list[Line]:
         words = describe(editor.model.captioner, editor.model.processor, to_images(pixels))
         for name, hits in right_in_words([parse_caption(text) for text in words], scenes).items():
             lines.append(Line("captioner", name, rate(hits), at_least=0.95))
+    return lines + scorer_lines(editor, scenes, pixels, decoded)
+
+
+def scorer_lines(editor: Editor, scenes: Scenes, pixels: Tensor, decoded: Tensor) -> list[Line]:
+    """What the model's scorer reads in renders, and what it loses when they come out of the autoencoder."""
+    if editor.model.scorer is None:
+        return []
+    read, again = (chosen(editor.model.scorer, to_images(shown), scenes) for shown in (pixels, decoded))
+    lines = [Line("scorer on renders", name, rate(hits), at_least=CHOSEN[name]) for name, hits in read.items()]
+    for name, hits in again.items():
+        lost = mean(hits.float() - read[name].float())
+        lines.append(Line("scorer on autoencoded above renders", name, lost, at_least=-0.02))
     return lines
 
 

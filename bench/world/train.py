@@ -6,6 +6,7 @@ latents    standardise its latents and encode the pool once
 diffusion  UNet and text encoder together
 judge      the classifier that counts successes (after latents: it also sees round trips)
 captioner  the small BLIP
+clip       the scorer (after export: it takes the model's tokenizer, and starts from its captioner; export it again)
 export     write everything as a model folder (float16)
 restore    the way back: a model folder's weights as a start for latents, diffusion, captioner (--init)
 
@@ -18,7 +19,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from bench.world import captioner, diffusion, export, judge, pool, vae
+from bench.world import captioner, clip, diffusion, export, judge, pool, vae
 from bench.world.loop import Plan, launch
 
 HOME = Path.home() / ".cache" / "forgedit-train"
@@ -26,7 +27,7 @@ HOME = Path.home() / ".cache" / "forgedit-train"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("pool", "vae", "latents", "diffusion", "judge", "captioner", "export", "restore")
+    parts = ("pool", "vae", "latents", "diffusion", "judge", "captioner", "clip", "export", "restore")
     parser.add_argument("part", choices=parts)
     parser.add_argument("--folder", type=Path, default=HOME, help="checkpoints, logs and rendered scenes")
     parser.add_argument("--steps", type=int, help="planned steps; the rate falls to zero over them")
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--init", default="", help="checkpoint whose averaged weights to start from")
-    parser.add_argument("--out", type=Path, help="model folder to export to")
+    parser.add_argument("--out", type=Path, help="model folder to export to (clip: to start from)")
     args = parser.parse_args()
     data, latents = args.folder / "pool", args.folder / "latents.pt"
     shared = {"folder": args.folder, "workers": args.workers, "device": args.device, "init": args.init}
@@ -65,6 +66,12 @@ def main() -> None:
         )
         launch(plan, partial(captioner.build, data=data))
         captioner.export(plan.folder / "captioner.pt", plan.folder / "model")
+    elif args.part == "clip":
+        contrasted = {**shared, "folder": args.folder / "clip"}
+        plan = Plan("clip", steps=args.steps or 4000, batch=args.batch or 64, rate=args.rate or 1e-3, **contrasted)
+        model = args.out or export.BUNDLED
+        launch(plan, partial(clip.build, data=data, vae=args.folder / "vae_final.pt", model=model))
+        clip.export(plan.folder / "clip.pt", model / "tokenizer", plan.folder / "model")
     elif args.part == "restore":
         export.restore(args.out or export.BUNDLED, args.folder)
     else:

@@ -90,6 +90,7 @@ class Editor:
         prediction_type: str | None = None,
         numerics: str = "exact",
         memory_bytes: int | None = None,
+        scorer: str | Path | None = None,
     ) -> Editor:
         """Load a Stable Diffusion 1.x or 2.x, safetensors only, in float32.
 
@@ -100,10 +101,13 @@ class Editor:
         tokenizer: folder or hub id of CLIP's tokenizer; None takes the model's own, see load_model
         prediction_type: 'epsilon' or 'v_prediction'; None takes what the model says
         numerics: 'exact', 'fast', 'fast-float16' or 'reference'; memory_bytes: see Editor for both
+        scorer: folder or hub id of a CLIP (CLIPModel), read when an edit is first scored; None takes the model folder's
+            scorer/
         Raises: ModelError for any of them, saying what would help; ValueError for the backend or the numerics
         """
         check_numerics(numerics)
-        return cls(load_model(name, device, captioner, tokenizer, prediction_type), backend, numerics, memory_bytes)
+        model = load_model(name, device, captioner, tokenizer, prediction_type, scorer)
+        return cls(model, backend, numerics, memory_bytes)
 
     @classmethod
     def from_pipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ from forgedit.model.folder import (
 )
 from forgedit.model.hub import fetch, is_hub_id
 from forgedit.model.pickled import refuse_pickled_file
+from forgedit.model.scorer import PREPROCESSING, ClipScorer, check_scorer, load_scorer
 from forgedit.model.single_file import CLIP_TOKENIZER, SCHEDULE, read_checkpoint
 
 BUNDLED = Path(__file__).parent / "bundled"
 WEIGHTED = ("unet", "vae", "text_encoder")
 PARTS = (*WEIGHTED, "tokenizer", "scheduler")
-MODEL_FILES = ("model_index.json", "forgedit.json", "captioner/*", *(f"{name}/*" for name in PARTS))
+MODEL_FILES = ("model_index.json", "forgedit.json", "captioner/*", "scorer/*", *(f"{name}/*" for name in PARTS))
 TOKENIZER_FILES = ("*vocab.json", "*merges.txt", "*tokenizer*.json", "*special_tokens_map.json")
 CAPTIONER_FILES = ("*.json", "*.txt", "*.safetensors")
+SCORER_FILES = (*PREPROCESSING, "config.json", *TOKENIZER_FILES, "*.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,7 @@ class Model:
     alphas_cumprod: [train steps] float32; resolution: pixels, the side of the model's own square picture
     vae_scale: pixels a latent; defaults: settings the folder recommends
     prediction_type: what the UNet answers, 'epsilon' (the noise) or 'v_prediction' (the velocity)
+    scorer_folder: where its scorer is read from when first asked for; None where there is none
     """
 
     name: str
@@ -59,6 +63,12 @@ class Model:
     resolution: int
     vae_scale: int
     defaults: Defaults
+    scorer_folder: Path | None = None
+
+    @cached_property
+    def scorer(self) -> ClipScorer | None:
+        """The CLIP that scores edits, on the model's device. Raises: ModelError if it cannot be read."""
+        return None if self.scorer_folder is None else load_scorer(self.scorer_folder, self.alphas_cumprod.device)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture, sides in pixels. Raises: ValueError for a size it cannot edit."""
@@ -80,6 +90,7 @@ class Model:
             "device": str(self.alphas_cumprod.device),
             **counts,
             "captioner": self.captioner is not None,
+            "scorer": self.scorer_folder is not None,
         }
 
 
@@ -89,16 +100,18 @@ def load_model(
     captioner: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    scorer: str | Path | None = None,
 ) -> Model:
-    """Load every part.
+    """Load every part but the scorer, which is read when first asked for.
 
-    name: 'bundled'; or a folder with unet/ vae/ text_encoder/ tokenizer/ scheduler/, and optionally captioner/ (BLIP)
-        and forgedit.json: {"resolution": pixels, "tune": {…}, "edit": {…}, "sweep": {…}}; or a hub id 'owner/name' of
-        the same layout; or a file *.safetensors with Stable Diffusion 1.x or 2.x in its original names
+    name: 'bundled'; or a folder with unet/ vae/ text_encoder/ tokenizer/ scheduler/, and optionally captioner/ (BLIP),
+        scorer/ (CLIP) and forgedit.json: {"resolution": pixels, "tune": {…}, "edit": {…}, "sweep": {…}}; or a hub id
+        'owner/name' of the same layout; or a file *.safetensors with Stable Diffusion 1.x or 2.x in its original names
     captioner: a folder or hub id with BLIP; None takes the model folder's captioner/, if it has one
     tokenizer: a folder or hub id with CLIP's tokenizer, or with it in tokenizer/; None takes the model folder's, for a
         single file the hub's openai/clip-vit-large-patch14
     prediction_type: 'epsilon' or 'v_prediction'; None takes what the model says
+    scorer: a folder or hub id with CLIP; None takes the model folder's scorer/, if it has one
     Raises: ModelError if a part is missing, pickled, incomplete or not supported, or the hub is needed and out of reach
     """
     if prediction_type is not None:
@@ -110,6 +123,10 @@ def load_model(
     if captions.is_dir():
         module, processor = read_captioner(captions)
         model = replace(model, captioner=module, processor=processor)
+    scores = find_scorer(scorer) if scorer else place / "scorer"
+    if scores.is_dir():
+        check_scorer(scores)
+        model = replace(model, scorer_folder=scores)
     check_parts(model)
     model.tokenizer.model_max_length = min(
         model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings
@@ -143,6 +160,11 @@ def find_tokenizer(name: str | Path) -> Path:
 def find_captioner(name: str | Path) -> Path:
     """The folder with BLIP, by its path or hub id. Raises: ModelError."""
     return _find(name, "captioner", CAPTIONER_FILES, _has_weights)
+
+
+def find_scorer(name: str | Path) -> Path:
+    """The folder with CLIP, by its path or hub id. Raises: ModelError."""
+    return _find(name, "scorer", SCORER_FILES, _has_weights)
 
 
 def _find(name: str | Path, what: str, wanted: tuple[str, ...], is_whole: Callable[[Path], bool]) -> Path:
