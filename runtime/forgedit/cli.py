@@ -27,7 +27,7 @@ from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.plan import parse_bytes
 from forgedit.errors import ForgeditError, InputError, SessionError
 from forgedit.evaluate.command import add_evaluate_flags, check_evaluation, run_evaluation
-from forgedit.flags import add_flags
+from forgedit.flags import add_choose_flags, add_flags
 from forgedit.job import check_job
 from forgedit.model.hub import is_hub_id
 from forgedit.profile import add_profile_flags, run_profile
@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     everywhere.add_argument(
         "--captioner", metavar="DIR", help="folder or hub id of a BLIP captioner; left out: the model's own captioner/"
+    )
+    everywhere.add_argument(
+        "--scorer",
+        metavar="DIR",
+        help="folder or hub id of a CLIP that scores edits; left out: the model's own scorer/",
     )
     everywhere.add_argument(
         "--tokenizer",
@@ -119,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", metavar="DIR", type=Path, help="left out: out/ and the photo's name")
         sub.add_argument("--save", metavar="FILE", type=Path, help="keep the tuned session too")
         sub.add_argument("--delta", choices=DELTA_FORMATS, help=delta_help)
+        if name == "edit":
+            add_choose_flags(sub)
         add_flags(sub, kind)
         add_flags(sub, TuneConfig, prefix="tune_")
     sub = command("tune", "learn a photo and save it as a session")
@@ -266,6 +273,7 @@ def _editor(args: argparse.Namespace, numerics: str) -> Editor:
             prediction_type=args.prediction_type,
             numerics=numerics,
             memory_bytes=args.memory,
+            scorer=args.scorer,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

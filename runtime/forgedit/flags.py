@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from forgedit.config import EditConfig, SweepConfig, TuneConfig
@@ -33,6 +34,22 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Config], prefix: str =
             metavar=f"{of.__name__.upper()}{',…' if several else ''}",
             default=None,
         )
+
+
+def add_choose_flags(parser: argparse.ArgumentParser) -> None:
+    """Of an edit that is found automatically: where no strategy or strength is named, and a scorer is there."""
+    group = parser.add_argument_group("automatic choice (where no strategy, blend or strength is named)")
+    group.add_argument("--budget", metavar="SECONDS", type=_seconds, help="for all edits it tries, such as 20s")
+    group.add_argument("--max-edits", metavar="INT", type=int, help="that it tries, at most")
+    group.add_argument("--calibration", metavar="FILE", type=Path, help="what `calibrate` wrote; thresholds and order")
+    group.add_argument("--single", action="store_true", help="no choice: the one setting that the model recommends")
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text.removesuffix("s"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text!r}; expected seconds such as 20s") from error
 
 
 def given(args: argparse.Namespace, kind: type[Config]) -> dict[str, Any]:

@@ -11,15 +11,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from forgedit.config import EditConfig, TuneConfig, parse_strategy
+from forgedit.calibrate.profile_file import read_profile
+from forgedit.config import ChooseConfig, EditConfig, TuneConfig, parse_strategy
 from forgedit.editor import Editor
 from forgedit.errors import InputError, ModelError
 from forgedit.flags import changed, given
 from forgedit.model.load import BUNDLED
+from forgedit.quality.choose import rungs
 from forgedit.stages.encode import check_target
 from forgedit.stages.photo import open_photo
 from forgedit.stages.sample import ddim_timesteps
 from forgedit.stages.tune import trainable_names
+
+KNOBS = ("strategy", "keep", "blend", "gamma", "identity_weight", "edit_weight")  # who names one wants that edit
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def check_settings(job: Job, args: argparse.Namespace, editor: Editor) -> tuple[
         tune_config = tune_config.replace(caption=job.caption)
     configs: list[EditConfig] = []
     if args.command == "edit":
-        configs = [changed(args, editor.defaults.edit)]
+        base, choose = changed(args, editor.defaults.edit), choosing(args, editor)
+        configs = [base] if choose is None else rungs(choose, base)
     elif args.command == "sweep":
         configs = changed(args, editor.defaults.sweep).edits()
     elif args.command == "demo":
@@ -92,6 +97,33 @@ def check_settings(job: Job, args: argparse.Namespace, editor: Editor) -> tuple[
             raise InputError(str(error)) from error
         check_edits(configs, trained, editor)
     return tune_config, configs
+
+
+def choosing(args: argparse.Namespace, editor: Editor) -> ChooseConfig | None:
+    """What this command's edits are scored and chosen by; None where one edit was asked for, or there is no scorer.
+
+    Raises: InputError for settings of a choice where there is none, or a calibration that does not fit; ModelError if
+        the scorer cannot be read
+    """
+    settings = {"budget_s": "budget", "max_edits": "max_edits", "calibration": "calibration"}
+    asked = {field: value for field, name in settings.items() if (value := getattr(args, name, None)) is not None}
+    named = [name for name in given(args, EditConfig) if name in KNOBS] if args.command == "edit" else []
+    if args.command == "edit" and (named or args.single):
+        if asked:
+            one = f"--{named[0].replace('_', '-')}" if named else "--single"
+            raise InputError(f"{one} asks for one edit, --budget, --max-edits and --calibration for a choice; take one")
+        return None
+    scorer = editor.model.scorer
+    if scorer is None:
+        if asked:
+            raise InputError("this model has no scorer to choose edits by; give a CLIP folder with --scorer")
+        return None
+    calibration = asked.pop("calibration", None)
+    config = editor.defaults.choose if calibration is None else read_profile(calibration, scorer.name)
+    try:
+        return replace(config, **asked)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_edits(configs: list[EditConfig], trained: Iterable[str], editor: Editor) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,36 @@ from PIL import Image
 
 from forgedit.atomic import write_atomic
 from forgedit.background import Background
-from forgedit.config import EditConfig
+from forgedit.config import ChooseConfig, EditConfig
 from forgedit.console import Console, table
 from forgedit.editor import Editor
-from forgedit.job import Job, check_edits, check_settings
-from forgedit.progress import StepEvent
+from forgedit.flags import changed
+from forgedit.job import Job, check_edits, check_settings, choosing
+from forgedit.progress import OnStep, StepEvent
+from forgedit.quality.choose import Candidate, Verdict, Witness, climb, decide
 from forgedit.quality.contact_sheet import contact_sheet, strength
+from forgedit.quality.page import write_page
+from forgedit.quality.page_of_run import page_of_run, repeat_command
 from forgedit.quality.report import describe_edit, make_report, write_report
 from forgedit.session import Edit, Session
 from forgedit.stages.photo import restore_size
 
 RULE = "the setting the model folder recommends; no score chose it"
-OWN_FILES = ("original.png", "edit.png", "contact_sheet.png", "report.json", "sweep/[0-9]*-*.png")
+OWN_FILES = (
+    *("original.png", "edit.png", "contact_sheet.png", "report.json", "page.html"),
+    *("sweep/[0-9]*-*.png", "tried/[0-9]*-*.png"),
+)
+
+_Scored = tuple[Edit, Verdict | None]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An edit as it was written. entry: its part of the report; verdict: None where nothing scored it."""
+
+    edit: Edit
+    entry: dict[str, Any]
+    verdict: Verdict | None
 
 
 def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console, load_seconds: float) -> int:
@@ -37,8 +56,10 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
     Raises: InputError, SessionError before anything is written; TuneDiverged, RuntimeError, OSError
     """
     tune_config, configs = check_settings(job, args, editor)
+    choose = choosing(args, editor) if configs else None
+    automatic = args.command == "edit" and choose is not None
     session: Session | None = None
-    noted: list[tuple[Edit, dict[str, Any]]] = []
+    noted: list[_Made] = []
     kept: list[str] = []
     interrupted = False
     try:
@@ -63,21 +84,28 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
                 background.check()  # a full disk ends the edits, not only their pictures
                 console.step(event)
 
-            finished = editor.edits(session, job.target, configs, on_step) if configs else iter(())
-            for index, edit in enumerate(finished):
+            folder = {"edit": "tried" if automatic else ""}.get(args.command, "sweep")
+            if automatic and choose is not None:
+                base, scorer = changed(args, editor.defaults.edit), editor.model.scorer
+                climbed = climb(session, job.target, choose, base, scorer, on_step)
+                finished: Iterator[_Scored] = ((candidate.edit, candidate.verdict) for candidate in climbed)
+            else:
+                finished = _scored(session, job.target, configs, choose, on_step) if configs else iter(())
+            for index, (edit, verdict) in enumerate(finished):
                 console.count(index + 1, len(configs))
                 if index == 0:
                     background.do(partial(_begin, job, session))
-                background.do(partial(_write_edit, job, args.command, session, index, edit, noted, console))
+                name = f"{folder}/{index:02d}-{_slug(edit.config)}.png" if folder else "edit.png"
+                background.do(partial(_write_edit, job, session, name, edit, verdict, choose, noted, console))
     except KeyboardInterrupt:
         interrupted = True
     # noted before it was written, and struck out here if it was not: no picture is left without its entry
-    edits = [(edit, entry) for edit, entry in noted if job.out is not None and (job.out / entry["file"]).exists()]
+    edits = [made for made in noted if job.out is not None and (job.out / made.entry["file"]).exists()]
     if edits:
         assert session is not None
         more = dict(command=args.command, photo=str(job.path), interrupted=interrupted, seconds={"load": load_seconds})
         try:
-            kept.append(_finish(job, args.command, session, edits, more, console))
+            kept.append(_finish(job, args.command, session, edits, choose, more, console))
         except KeyboardInterrupt:
             interrupted = True
             kept.append(f"{job.out}, perhaps without its report")
@@ -88,25 +116,37 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
     return 130 if interrupted else 0
 
 
+def _scored(
+    session: Session, target: str, configs: Sequence[EditConfig], choose: ChooseConfig | None, on_step: OnStep
+) -> Iterator[_Scored]:
+    """Every edit, with its verdict where there is something to choose by."""
+    scorer, witness = session.editor.model.scorer if choose else None, None
+    for edit in session.editor.edits(session, target, configs, on_step):
+        if choose is None or scorer is None:
+            yield edit, None
+            continue
+        witness = witness or Witness(scorer, session.source, session.caption, target)
+        (evidence,) = witness.see([edit.image])
+        yield edit, Verdict.of(evidence, choose)
+
+
 def _write_edit(
     job: Job,
-    command: str,
     session: Session,
-    index: int,
+    name: str,
     edit: Edit,
-    noted: list[tuple[Edit, dict[str, Any]]],
+    verdict: Verdict | None,
+    choose: ChooseConfig | None,
+    noted: list[_Made],
     console: Console,
 ) -> None:
     """Note the edit, write its picture, and tell of it."""
     assert job.out is not None
-    config = edit.config
-    name = "edit.png" if command == "edit" else f"sweep/{index:02d}-{_slug(config)}.png"
     entry = describe_edit(edit, session, name)
-    noted.append((edit, entry))
-    picture = edit.at_photo_size()
-    _save(picture, job.out / name)
-    if command == "demo" and config == session.editor.defaults.edit:
-        _save(picture, job.out / "edit.png")
+    if verdict is not None and choose is not None:
+        entry |= {"scores": asdict(verdict.evidence), "rejected": verdict.rejected(choose)}
+    noted.append(_Made(edit, entry, verdict))
+    _save(edit.at_photo_size(), job.out / name)
     console.event("edit", path=str(job.out / name), **entry)
 
 
@@ -130,45 +170,77 @@ def _save(image: Image.Image, path: Path) -> None:
     write_atomic(path, lambda file: image.save(file, "PNG"))
 
 
+def _delivered(
+    command: str, edits: Sequence[_Made], choose: ChooseConfig | None, recommended: EditConfig
+) -> tuple[_Made, str] | None:
+    """The edit that is the run's answer, and why; None where a sweep has no scorer, or one edit was asked for."""
+    scored = [(made, Candidate(made.edit, made.verdict)) for made in edits if made.verdict is not None]
+    if choose is not None and scored:
+        choice = decide([candidate for _, candidate in scored], choose)
+        return next((made, choice.reason) for made, candidate in scored if candidate is choice.chosen)
+    if command != "demo":
+        return None
+    made = next((made for made in edits if made.edit.config == recommended), None)
+    return None if made is None else (made, RULE)
+
+
 def _finish(
     job: Job,
     command: str,
     session: Session,
-    edits: list[tuple[Edit, dict[str, Any]]],
+    edits: list[_Made],
+    choose: ChooseConfig | None,
     more: dict[str, Any],
     console: Console,
 ) -> str:
-    """Contact sheet, report, table. Returns: the folder they are in."""
+    """The edit itself, contact sheet, report, page, table. Returns: the folder they are in."""
     assert job.out is not None
-    pictures = [edit for edit, _ in edits]
+    delivered = _delivered(command, edits, choose, session.editor.defaults.edit)
     chosen = None
-    if command == "demo":
-        recommended = session.editor.defaults.edit
-        chosen = next((edit for edit in pictures if edit.config == recommended), None)
-    if chosen is not None:
-        more = more | {"the_edit": {"file": "edit.png", "settings": asdict(chosen.config), "rule": RULE}}
-    if command != "edit":
+    if delivered is not None:
+        chosen, rule = delivered[0].edit, delivered[1]
+        entry = delivered[0].entry
+        _save(chosen.at_photo_size(), job.out / "edit.png")
+        scores = {"scores": entry["scores"]} if "scores" in entry else {}
+        more = more | {"the_edit": {"file": "edit.png", "settings": asdict(chosen.config), "rule": rule, **scores}}
+    scorer = session.editor.model.scorer if choose is not None else None
+    if choose is not None and scorer is not None:
+        more = more | {"choose": {"scorer": scorer.name, **asdict(choose)}}
+    if len(edits) > 1 or command != "edit":
+        pictures = [made.edit for made in edits]
         sheet = contact_sheet(pictures, session.source, session.caption, job.target, chosen)
         _save(sheet, job.out / "contact_sheet.png")
-    report = make_report(session, job.target, [entry for _, entry in edits], **more)
+    report = make_report(session, job.target, [made.entry for made in edits], **more)
     path = job.out / "report.json"
     write_report(report, path)
+    page = page_of_run(report, job.out, repeat_command(report, is_session=job.photo is None))
+    write_page(job.out / "page.html", page)
+    _tell(job, report, edits, chosen, console)
+    return str(job.out)
+
+
+def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | None, console: Console) -> None:
+    """What was made, as a table, and where it is."""
+    assert job.out is not None
+    header = ["strategy", "strength", "seed", "PSNR to original", "time", "file"]
+    scored = all(made.verdict is not None for made in edits)
+    if scored:
+        header.insert(3, "margin")
     rows = []
-    for edit, entry in edits:
-        decibels = entry["psnr_to_original"]
+    for made in edits:
+        decibels, config = made.entry["psnr_to_original"], made.edit.config
         distance = "equal" if decibels is None else f"{decibels:.1f} dB"
-        seconds = f"{sum(edit.seconds.values()):.1f} s"
-        mark = " <- the edit" if edit is chosen else ""
-        config = edit.config
-        rows.append((config.strategy, strength(config), str(config.seed), distance, seconds, entry["file"] + mark))
-    header = ("strategy", "strength", "seed", "PSNR to original", "time", "file")
-    console.text(f"target: {job.target!r}", *table(header, rows))
+        seconds, mark = f"{sum(made.edit.seconds.values()):.1f} s", " <- the edit" if made.edit is chosen else ""
+        row = [config.strategy, strength(config), str(config.seed), distance, seconds, made.entry["file"] + mark]
+        if scored and made.verdict is not None:
+            row.insert(3, f"{made.verdict.evidence.margin:+.3f}")
+        rows.append(tuple(row))
+    console.text(f"target: {job.target!r}", *table(tuple(header), rows))
     console.text("PSNR to original says how much was changed, not whether the change is right.")
     if report["photo_size"] != report["edited_size"]:
         sizes = ["{} by {}".format(*report[name]) for name in ("edited_size", "photo_size")]
         console.text(f"edited at {sizes[0]} pixels, and brought back to the photo's {sizes[1]}")
     if chosen is not None:
-        console.text(f"the edit: {job.out / 'edit.png'}, {RULE}")
-    console.text(f"report: {path}")
-    console.event("report", path=str(path))
-    return str(job.out)
+        console.text(f"the edit: {job.out / 'edit.png'}, {report['the_edit']['rule']}")
+    console.text(f"page: {job.out / 'page.html'}", f"report: {job.out / 'report.json'}")
+    console.event("report", path=str(job.out / "report.json"))

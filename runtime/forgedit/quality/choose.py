@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -58,9 +58,13 @@ class Verdict:
         agrees = evidence.margin >= config.least_margin
         return cls(evidence, agrees, agrees and evidence.kept_db >= config.least_kept_db)
 
-    def describe(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self.evidence) | {"agrees": self.agrees, "good": self.good}
+    def rejected(self, config: ChooseConfig) -> str:
+        """Why it is not good enough, in words; '' if it is."""
+        if not self.agrees:
+            return f"does not show the target: margin {self.evidence.margin:.3f}, asked for {config.least_margin:.3f}"
+        if not self.good:
+            return f"kept too little: {self.evidence.kept_db:.1f} dB, asked for {config.least_kept_db:.1f}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """chosen: one of the candidates, which stand in the order they were made; reason: why it, and why no more."""
+    """chosen: one of the candidates, which stand in the order they were made; reason: why this one, in words."""
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
@@ -168,9 +172,10 @@ def decide(candidates: Sequence[Candidate], config: ChooseConfig) -> Choice:
     """The best of a climb. Raises: ValueError without candidates."""
     chosen = candidates[best_of([candidate.verdict for candidate in candidates])]
     if chosen.verdict.good:
-        reason = f"good enough: margin at least {config.least_margin:g}, kept at least {config.least_kept_db:g} dB"
+        others = " by the scores, and kept most of those" if sum(one.verdict.good for one in candidates) > 1 else ""
+        reason = f"good enough{others}: margin at least {config.least_margin:g}, {config.least_kept_db:g} dB kept"
     elif chosen.verdict.agrees:
-        reason = f"none kept {config.least_kept_db:g} dB; of those that agree with the target the one that kept most"
+        reason = f"none kept {config.least_kept_db:g} dB; of those that show the target the one that kept most"
     else:
-        reason = f"none agrees with the target by {config.least_margin:g}; the one that comes nearest to it"
+        reason = f"none shows the target by a margin of {config.least_margin:g}; the one that comes nearest to it"
     return Choice(chosen, tuple(candidates), reason)
