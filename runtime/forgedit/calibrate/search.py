@@ -56,25 +56,27 @@ class Calibration:
     oracle: Outcome
 
 
-def outcome(trials: Sequence[Trial], config: ChooseConfig) -> Outcome:
-    """What config's climb would have chosen. Rungs that a trial has no edit of are passed over, at no cost."""
-    accepted = made = 0
-    for trial in trials:
-        seen: list[Verdict] = []
-        marks: list[bool] = []
-        for rung in config.ladder:
-            if len(seen) == config.max_edits:
-                break
-            if rung not in trial.edits:
-                continue
+def follow(trial: Trial, config: ChooseConfig) -> tuple[bool, int]:
+    """Whether the edit that config's climb would have chosen was accepted, and how many it would have made.
+
+    Rungs that the trial has no edit of are passed over, at no cost; without any, nothing is accepted.
+    """
+    seen: list[Verdict] = []
+    marks: list[bool] = []
+    for rung in config.ladder:
+        if len(seen) == config.max_edits or (seen and seen[-1].good):
+            break
+        if rung in trial.edits:
             evidence, mark = trial.edits[rung]
             seen.append(Verdict.of(evidence, config))
             marks.append(mark)
-            if seen[-1].good:
-                break
-        made += len(seen)
-        accepted += bool(seen) and marks[best_of(seen)]
-    return Outcome(accepted / len(trials), made / len(trials))
+    return bool(seen) and marks[best_of(seen)], len(seen)
+
+
+def outcome(trials: Sequence[Trial], config: ChooseConfig) -> Outcome:
+    """What config's climbs would have come to."""
+    accepted, made = zip(*(follow(trial, config) for trial in trials), strict=True)
+    return Outcome(sum(accepted) / len(trials), sum(made) / len(trials))
 
 
 def calibrate(trials: Sequence[Trial], start: ChooseConfig) -> Calibration:

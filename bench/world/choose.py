@@ -1,0 +1,131 @@
+"""How well edits are chosen on the world: `python -m bench.world.choose make|calibrate|measure`.
+
+make        tune every pair of a seed once, and edit it with every rung of LADDER; pictures are kept, as in evaluate.py
+calibrate   marks by the judge, on the pairs of one seed -> ladder and thresholds, for the bundled model's forgedit.json
+measure     on the pairs of another seed: the choice, each setting alone, and whoever knows the marks; rows
+
+An edit is accepted if the judge sees the edit, sees all else kept, and at least LEAST_OUTSIDE_DB is left outside the
+true mask. The judge marks; what chooses sees the scorer alone. A choice simulated on kept pictures is the real one, as
+an edit depends on its settings and not on those before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bench.world import report
+from bench.world.evaluate import Maker, Setting, held_out_pairs
+from bench.world.report import Line
+from forgedit import ChooseConfig, Editor
+from forgedit.calibrate.search import Trial, calibrate, follow
+from forgedit.config import parse_rung
+from forgedit.evaluate.bootstrap import bootstrap, paired
+from forgedit.evaluate.world import LEAST_OUTSIDE_DB
+from forgedit.quality.choose import Witness
+from forgedit.world.judge import load_judge
+from forgedit.world.render import changed_mask, render
+from forgedit.world.score import Figure, score, to_pixels
+
+LADDER = (
+    *(f"none:{gamma}{seed}" for gamma in (0.8, 1, 1.2) for seed in ("", ":1", ":2")),
+    *(f"encoderattn:{gamma}{seed}" for gamma in (0.8, 1, 1.2) for seed in ("", ":1")),
+    *(f"decoderattn:{gamma}" for gamma in (0.8, 1, 1.2)),
+)
+
+
+def settings(editor: Editor) -> list[Setting]:
+    """One a rung."""
+    base = replace(editor.defaults.edit, keep=0.0)
+    return [Setting(rung, replace(base, **parse_rung(rung))) for rung in LADDER]
+
+
+def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
+    """Of the pairs that have all their pictures: evidence by the scorer, marks by the judge."""
+    editor, edits, wanted = maker.editor, maker.edits, settings(maker.editor)
+    scorer, judge, side = editor.model.scorer, load_judge(), editor.model.resolution
+    assert scorer is not None
+    source, _ = render(edits.source, side)
+    changed = changed_mask(edits.source, edits.target, side)
+    trials = []
+    for pair in pairs:
+        paths = [maker.path(pair, setting) for setting in wanted]
+        if not all(path.exists() for path in paths):
+            continue
+        pictures = [Image.open(path).convert("RGB") for path in paths]
+        witness = Witness(scorer, maker.photos[pair], maker.captions[pair], maker.targets[pair])
+        alike = [pair] * len(pictures)
+        same = type(edits)([edits.kind[pair]] * len(pictures), edits.source[alike], edits.target[alike])
+        seen = score(judge, to_pixels(pictures), source[alike], changed[alike], same)
+        outside = ~(seen.psnr_outside < LEAST_OUTSIDE_DB)  # NaN: nothing is outside
+        marks = (seen.success & seen.kept & outside).tolist()
+        evidence = witness.see(pictures)
+        trials.append(
+            Trial(f"{pair:04d}-{edits.kind[pair]}", dict(zip(LADDER, zip(evidence, marks, strict=True), strict=True)))
+        )
+    return trials
+
+
+def lines(trials: Sequence[Trial], config: ChooseConfig) -> list[Line]:
+    """The choice, the best single setting (known afterwards: the hardest to beat), and the best of all edits."""
+    chosen, made = zip(*(follow(trial, config) for trial in trials), strict=True)
+    ours = torch.tensor(chosen).float()
+    alone = {rung: torch.tensor([trial.edits[rung][1] for trial in trials]).float() for rung in LADDER}
+    best = max(alone, key=lambda rung: float(alone[rung].mean()))
+    oracle = torch.tensor([any(mark for _, mark in trial.edits.values()) for trial in trials]).float()
+    within = torch.tensor([any(trial.edits[rung][1] for rung in config.ladder) for trial in trials]).float()
+    share = float(ours.mean() / oracle.mean())
+    return [
+        Line("chosen", "accepted", bootstrap(ours)),
+        Line("chosen", "edits made", bootstrap(torch.tensor(made).float()), at_most=8),
+        Line("chosen", "share of the best of all edits", Figure(share, share, share, len(trials)), at_least=0.9),
+        Line("chosen above the best single setting", f"accepted, {best}", paired(ours, alone[best]), at_least=0.10),
+        Line("best of all edits", "accepted", bootstrap(oracle)),
+        Line("best of the ladder's edits", "accepted", bootstrap(within)),
+        *(Line(f"alone {rung}", "accepted", bootstrap(marks)) for rung, marks in alone.items()),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("make", "calibrate", "measure"))
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--pairs", type=int, default=200, help="held-out pairs, a multiple of 5")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", default="0/1", help="i/n: make every n-th pair's pictures from the i-th on")
+    parser.add_argument("--numerics", default="fast")
+    parser.add_argument("--work", type=Path, default=Path(".bench/choose"), help="where pictures are kept")
+    parser.add_argument("--out", type=Path, help="append rows to this JSON-lines file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    editor = Editor.from_pretrained(args.model, numerics=args.numerics)
+    folder = args.work / f"{editor.fingerprint[:12]}-{args.numerics}-{args.seed}-{args.pairs}"
+    maker = Maker(editor, held_out_pairs(args.pairs, args.seed), editor.defaults.tune, folder)
+    if args.part == "make":
+        shard, shards = (int(part) for part in args.shard.split("/"))
+        for pair in range(shard, args.pairs, shards):
+            maker.make(pair, settings(editor))
+            print(f"pair {pair}: {maker.edits.kind[pair]}", flush=True)
+        return
+    trials = read_trials(maker, range(args.pairs))
+    if args.part == "calibrate":
+        found = calibrate(trials, editor.defaults.choose)
+        print(json.dumps(asdict(found), indent=2))
+        return
+    measured = lines(trials, editor.defaults.choose)
+    print(report.table(measured))
+    if args.out:
+        assert editor.model.scorer is not None
+        common = {"model": editor.fingerprint[:12], "pairs": len(trials), "seed": args.seed}
+        common |= {"choose": asdict(editor.defaults.choose), "scorer": editor.model.scorer.name}
+        report.write(measured, args.out, common | {"numerics": args.numerics}, {})
+
+
+if __name__ == "__main__":
+    main()
