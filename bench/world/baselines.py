@@ -1,0 +1,226 @@
+"""Forgedit and other methods on the bundled model, each with and without forgetting: `python -m bench.world.baselines`.
+
+Made and kept like the pictures of evaluate.py, with their seconds beside them: a run that was stopped goes on where it
+was, and `--shard i/n --make-only` splits the pairs among processes. `--rungs` makes the settings that each method's
+strength is chosen from instead; they are ranked by how near the pictures come to the true edit, never by the judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.world import report
+from bench.world.evaluate import GRID_ROWS, STRATEGIES, Maker, held_out_pairs
+from bench.world.grid import contact_sheet
+from bench.world.report import Line
+from forgedit import EditConfig, Editor, Session
+from forgedit.evaluate.baselines import (
+    BASELINES,
+    Baseline,
+    DreamBooth,
+    FromNoise,
+    Imagic,
+    SDEdit,
+    Tuned,
+    Untuned,
+)
+from forgedit.world.judge import JUDGE, Judge, load_judge
+from forgedit.world.render import changed_mask, render
+from forgedit.world.scene import Edits
+from forgedit.world.score import Figure, Scores, mean, psnr, rate, score, to_pixels
+
+RESAMPLED = 10_000  # times, for an interval
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column: a baseline under one strategy."""
+
+    name: str
+    baseline: Baseline
+    strategy: str = "none"
+
+
+def arms() -> list[Arm]:
+    """Every baseline; those that learn weights, with each strategy."""
+    found = []
+    for name, baseline in BASELINES.items():
+        if isinstance(baseline.learning, Untuned):
+            found.append(Arm(name, baseline))
+        else:
+            found += [Arm(f"{name}: {strategy}", baseline, strategy) for strategy in STRATEGIES]
+    return found
+
+
+def rungs() -> list[Arm]:
+    """Strengths to choose from, with nothing forgotten."""
+    found = [Arm(f"SDEdit {s}", Baseline(Untuned(), SDEdit(s))) for s in (0.4, 0.5, 0.6, 0.7, 0.8)]
+    found += [Arm(f"SDEdit {s}, tuned", Baseline(Tuned(), SDEdit(s))) for s in (0.5, 0.6, 0.7, 0.8, 0.9)]
+    for faster in (1, 5):
+        learning = Imagic(embedding_lr=faster * Imagic().embedding_lr)
+        found += [Arm(f"Imagic x{faster}, {g}", Baseline(learning, FromNoise(g))) for g in (0.6, 0.8, 1.0, 1.2)]
+    for stronger in (10.0, 40.0):
+        learn = DreamBooth(stronger)
+        found += [Arm(f"DreamBooth x{stronger:g}, {g}", Baseline(learn, FromNoise(g))) for g in (0.8, 1.0, 1.2)]
+    found += [Arm(f"Forgedit {g}", Baseline(Tuned(), FromNoise(g))) for g in (0.8, 1.0, 1.2)]
+    return found
+
+
+class Kept:
+    """The pictures of one model and world seed, made where they are missing. maker: photos, captions and targets"""
+
+    def __init__(self, maker: Maker, edit: EditConfig) -> None:
+        self.maker, self.edit = maker, edit
+
+    def path(self, pair: int, arm: Arm) -> Path:
+        """Of the picture; named by everything it depends on beside the folder's model and seed."""
+        maker, config = self.maker, replace(self.edit, strategy=arm.strategy)
+        settings = [repr(arm.baseline), asdict(maker.tune), asdict(config), maker.captions[pair], maker.targets[pair]]
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        return maker.folder / f"{pair:04d}-{key}.png"
+
+    def make(self, pair: int, wanted: list[Arm]) -> None:
+        """Learn once what several arms share, and make what is missing; seconds lie beside each picture."""
+        maker, sessions = self.maker, dict[str, Session]()
+        for arm in sorted(wanted, key=lambda arm: repr(arm.baseline.learning)):
+            path = self.path(pair, arm)
+            if path.exists():
+                continue
+            target, learning = maker.targets[pair], repr(arm.baseline.learning)
+            if learning not in sessions:
+                sessions = {}  # of one learning at a time
+                photo, caption = maker.photos[pair], maker.captions[pair]
+                sessions[learning] = arm.baseline.learn(maker.editor, photo, caption, target)
+            session = sessions[learning]
+            made = arm.baseline.make(session, target, replace(self.edit, strategy=arm.strategy))
+            seconds = {"picture": made.seconds, "tune": session.seconds["tune"], "losses": session.losses}
+            path.with_suffix(".json").write_text(json.dumps(seconds), encoding="utf-8")
+            made.image.save(path.with_suffix(".partial"), format="PNG")
+            path.with_suffix(".partial").replace(path)
+
+    def complete(self, wanted: list[Arm], pairs: range) -> list[Arm]:
+        return [arm for arm in wanted if all(self.path(pair, arm).exists() for pair in pairs)]
+
+    def pictures(self, arm: Arm, pairs: range) -> Tensor:
+        """[pairs, 3, S, S] in [-1, 1]"""
+        return to_pixels([Image.open(self.path(pair, arm)).convert("RGB") for pair in pairs])
+
+    def seconds(self, arm: Arm, pairs: range, what: str) -> Tensor:
+        """Of each pair's 'picture' or 'tune', [pairs]"""
+        kept = [json.loads(self.path(pair, arm).with_suffix(".json").read_text(encoding="utf-8")) for pair in pairs]
+        return torch.tensor([entry[what] for entry in kept])
+
+
+def both(scores: Scores) -> Tensor:
+    """bool [B]: the edit is there, and all else that the judge names was kept."""
+    return scores.success & scores.kept
+
+
+def paired(differences: Tensor) -> Figure:
+    """Mean of float [n], one difference a pair, with the 95 % interval of a bootstrap over pairs; NaN are left out."""
+    values = differences[differences.isfinite()].double()
+    drawn = torch.randint(len(values), (RESAMPLED, len(values)), generator=torch.Generator().manual_seed(0))
+    means = values[drawn].mean(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(float(values.mean()), low, high, len(values))
+
+
+def arm_lines(name: str, scores: Scores) -> list[Line]:
+    return [
+        Line(name, "success", rate(scores.success)),
+        Line(name, "rest kept", rate(scores.kept)),
+        Line(name, "success and kept", rate(both(scores))),
+        Line(name, "PSNR outside", mean(scores.psnr_outside)),
+    ]
+
+
+def difference_lines(name: str, ours: Scores, theirs: Scores) -> list[Line]:
+    """Of the same pairs under two arms."""
+    return [
+        Line(name, "success", paired(ours.success.float() - theirs.success.float())),
+        Line(name, "rest kept", paired(ours.kept.float() - theirs.kept.float())),
+        Line(name, "success and kept", paired(both(ours).float() - both(theirs).float())),
+        Line(name, "PSNR outside", paired(ours.psnr_outside - theirs.psnr_outside)),
+    ]
+
+
+def lines(kept: Kept, judge: Judge, wanted: list[Arm], some: Edits, pairs: range) -> Iterator[Line]:
+    """Every arm, then forgetting against none for each baseline, and each baseline against Forgedit's default."""
+    resolution = kept.maker.editor.model.resolution
+    source, _ = render(some.source, resolution)
+    truth, _ = render(some.target, resolution)
+    changed = changed_mask(some.source, some.target, resolution)
+    scores: dict[str, Scores] = {}
+    for arm in wanted:
+        pictures = kept.pictures(arm, pairs)
+        scores[arm.name] = score(judge, pictures, source, changed, some)
+        yield from arm_lines(arm.name, scores[arm.name])
+        yield Line(arm.name, "PSNR to the true edit", mean(psnr(pictures, truth)))
+        for what in ("picture", "tune"):
+            yield Line(arm.name, f"seconds a {what}", mean(kept.seconds(arm, pairs, what)))
+    for arm in wanted:
+        name, _, strategy = arm.name.partition(": ")
+        plain = f"{name}: none"
+        if strategy not in ("", "none") and plain in scores:
+            yield from difference_lines(f"{arm.name} above none", scores[arm.name], scores[plain])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled", help="'bundled' or a model folder")
+    parser.add_argument("--pairs", type=int, default=200, help="held-out pairs, a multiple of 5")
+    parser.add_argument("--first", type=int, help="only the first of them (the kinds in turn)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rungs", action="store_true", help="the settings to choose strengths from")
+    parser.add_argument("--shard", default="0/1", help="i/n: make every n-th pair's pictures from the i-th on")
+    parser.add_argument("--make-only", action="store_true", help="stop after making pictures")
+    parser.add_argument("--judge", type=Path, default=JUDGE)
+    parser.add_argument("--work", type=Path, default=Path(".bench/world"), help="where pictures are kept")
+    parser.add_argument("--out", type=Path, help="append rows to this JSON-lines file")
+    parser.add_argument("--grid", type=Path, help="write a contact sheet of examples here")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    shard, shards = (int(part) for part in args.shard.split("/"))
+    editor = Editor.from_pretrained(args.model)
+    edits = held_out_pairs(args.pairs, args.seed)
+    tune = editor.defaults.tune
+    folder = args.work / f"baselines-{editor.fingerprint[:12]}-{args.seed}-{args.pairs}"
+    kept, wanted = Kept(Maker(editor, edits, tune, folder), editor.defaults.edit), rungs() if args.rungs else arms()
+    pairs = range(min(args.first or args.pairs, args.pairs))
+    started = time.perf_counter()
+    for pair in pairs[shard::shards]:
+        kept.make(pair, wanted)
+        print(f"pair {pair}: {edits.kind[pair]}, {time.perf_counter() - started:.0f} s", flush=True)
+    if args.make_only:
+        return
+    some = Edits(edits.kind[: len(pairs)], edits.source[: len(pairs)], edits.target[: len(pairs)])
+    wanted = kept.complete(wanted, pairs)
+    found = list(lines(kept, load_judge(args.judge), wanted, some, pairs))
+    print(report.table(found))
+    if args.out:
+        common = {"model": editor.fingerprint[:12], "pairs": len(pairs), "seed": args.seed, "tune": asdict(tune)}
+        configs = {arm.name: asdict(replace(kept.edit, strategy=arm.strategy)) for arm in wanted}
+        report.write(found, args.out, common, configs)
+    if args.grid:
+        rows = slice(0, min(GRID_ROWS, len(pairs)))
+        resolution = editor.model.resolution
+        columns = {"original": render(some.source, resolution)[0], "true edit": render(some.target, resolution)[0]}
+        columns |= {arm.name.replace(": ", " "): kept.pictures(arm, pairs) for arm in wanted}
+        labels = [f"{kept.maker.captions[i]}\n-> {kept.maker.targets[i]}" for i in pairs[rows]]
+        contact_sheet({name: made[rows] for name, made in columns.items()}, labels, args.grid)
+
+
+if __name__ == "__main__":
+    main()

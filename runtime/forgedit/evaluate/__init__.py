@@ -1,0 +1,1 @@
+"""Measuring: other methods on the same model, protocols, and tables with intervals."""

@@ -1,0 +1,80 @@
+"""The comparison of methods: what is made, kept and counted."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from bench.world import baselines
+from bench.world.baselines import Arm, Kept, arms, both, paired, rungs
+from bench.world.evaluate import Maker, held_out_pairs
+from forgedit import Editor
+from forgedit.evaluate.baselines import BASELINES, Baseline, SDEdit, Unchanged, Untuned
+from forgedit.world.score import Scores
+
+FAST = [Arm("photo unchanged", Baseline(Untuned(), Unchanged())), Arm("SDEdit", Baseline(Untuned(), SDEdit(0.02)))]
+
+
+def test_what_learned_is_made_with_each_strategy() -> None:
+    names = [arm.name for arm in arms()]
+    assert len(set(names)) == len(names)
+    for name, baseline in BASELINES.items():
+        wanted = [f"{name}: {strategy}" for strategy in ("none", "encoderattn", "decoderattn")]
+        assert [n for n in names if n.partition(": ")[0] == name] == (
+            [name] if isinstance(baseline.learning, Untuned) else wanted
+        )
+    assert all(arm.strategy == "none" for arm in rungs())
+
+
+def test_an_interval_of_differences() -> None:
+    constant = paired(torch.full((20,), 0.25))
+    assert (constant.value, constant.low, constant.high, constant.n) == pytest.approx((0.25, 0.25, 0.25, 20))
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1)) + 1
+    figure = paired(torch.cat([values, torch.tensor([float("nan")])]))
+    half = 1.96 * float(values.std()) / 20
+    assert figure.n == 400 and figure.value == pytest.approx(float(values.mean()))
+    assert figure.high - figure.value == pytest.approx(half, rel=0.1)
+    assert figure.value - figure.low == pytest.approx(half, rel=0.1)
+
+
+def test_both_at_once() -> None:
+    yes, no = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    other = torch.zeros(4)
+    assert both(Scores(yes, no, other, other, other)).tolist() == [True, False, False, False]
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor.from_pretrained("bundled")
+
+
+def test_pictures_are_kept(editor, tmp_path) -> None:
+    maker = Maker(editor, held_out_pairs(5, 1), editor.defaults.tune, tmp_path)
+    kept = Kept(maker, editor.defaults.edit)
+    kept.make(0, FAST[:1])
+    assert kept.complete(FAST, range(1)) == FAST[:1]
+    before = kept.path(0, FAST[0]).stat().st_mtime_ns
+    kept.make(0, FAST)
+    assert kept.complete(FAST, range(1)) == FAST and kept.path(0, FAST[0]).stat().st_mtime_ns == before
+    assert kept.path(0, FAST[0]) != kept.path(0, FAST[1]) and kept.pictures(FAST[1], range(1)).shape == (1, 3, 64, 64)
+    assert kept.seconds(FAST[1], range(1), "picture") > 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_whole_comparison(tmp_path, monkeypatch, capsys) -> None:
+    """Two shards, then the table, the rows and the sheet; learning and forgetting are tests/runtime's."""
+    monkeypatch.setattr(baselines, "arms", lambda: FAST)
+    out, grid = tmp_path / "rows.jsonl", tmp_path / "grid.png"
+    common = ["baselines", "--pairs", "5", "--first", "2", "--seed", "1", "--work", str(tmp_path / "work")]
+    for shard in ("0/2", "1/2"):
+        monkeypatch.setattr(sys, "argv", [*common, "--shard", shard, "--make-only"])
+        baselines.main()
+    assert len(list((tmp_path / "work").rglob("*.png"))) == 4
+    monkeypatch.setattr(sys, "argv", [*common, "--out", str(out), "--grid", str(grid)])
+    baselines.main()
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    unchanged = {row["part"]: row["value"] for row in rows if row["case"] == "photo unchanged"}
+    assert unchanged["success and kept"] == unchanged["success"] == 0 and unchanged["rest kept"] == 1
+    assert unchanged["PSNR outside"] > 90 and {"seconds a picture", "seconds a tune"} <= unchanged.keys()
+    assert grid.exists() and "SDEdit" in capsys.readouterr().out
