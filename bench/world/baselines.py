@@ -34,12 +34,11 @@ from forgedit.evaluate.baselines import (
     Tuned,
     Untuned,
 )
+from forgedit.evaluate.bootstrap import paired
 from forgedit.world.judge import JUDGE, Judge, load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import Edits
-from forgedit.world.score import Figure, Scores, mean, psnr, rate, score, to_pixels
-
-RESAMPLED = 10_000  # times, for an interval
+from forgedit.world.score import Scores, mean, psnr, rate, score, to_pixels
 
 
 @dataclass(frozen=True)
@@ -126,15 +125,6 @@ def both(scores: Scores) -> Tensor:
     return scores.success & scores.kept
 
 
-def paired(differences: Tensor) -> Figure:
-    """Mean of float [n], one difference a pair, with the 95 % interval of a bootstrap over pairs; NaN are left out."""
-    values = differences[differences.isfinite()].double()
-    drawn = torch.randint(len(values), (RESAMPLED, len(values)), generator=torch.Generator().manual_seed(0))
-    means = values[drawn].mean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Figure(float(values.mean()), low, high, len(values))
-
-
 def arm_lines(name: str, scores: Scores) -> list[Line]:
     return [
         Line(name, "success", rate(scores.success)),
@@ -147,10 +137,10 @@ def arm_lines(name: str, scores: Scores) -> list[Line]:
 def difference_lines(name: str, ours: Scores, theirs: Scores) -> list[Line]:
     """Of the same pairs under two arms."""
     return [
-        Line(name, "success", paired(ours.success.float() - theirs.success.float())),
-        Line(name, "rest kept", paired(ours.kept.float() - theirs.kept.float())),
-        Line(name, "success and kept", paired(both(ours).float() - both(theirs).float())),
-        Line(name, "PSNR outside", paired(ours.psnr_outside - theirs.psnr_outside)),
+        Line(name, "success", paired(ours.success, theirs.success)),
+        Line(name, "rest kept", paired(ours.kept, theirs.kept)),
+        Line(name, "success and kept", paired(both(ours), both(theirs))),
+        Line(name, "PSNR outside", paired(ours.psnr_outside, theirs.psnr_outside)),
     ]
 
 

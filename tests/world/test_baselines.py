@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.world import baselines
-from bench.world.baselines import Arm, Kept, arms, both, paired, rungs
+from bench.world.baselines import Arm, Kept, arms, both, rungs
 from bench.world.evaluate import Maker, held_out_pairs
 from forgedit import Editor
 from forgedit.evaluate.baselines import BASELINES, Baseline, SDEdit, Unchanged, Untuned
@@ -25,17 +25,6 @@ def test_what_learned_is_made_with_each_strategy() -> None:
             [name] if isinstance(baseline.learning, Untuned) else wanted
         )
     assert all(arm.strategy == "none" for arm in rungs())
-
-
-def test_an_interval_of_differences() -> None:
-    constant = paired(torch.full((20,), 0.25))
-    assert (constant.value, constant.low, constant.high, constant.n) == pytest.approx((0.25, 0.25, 0.25, 20))
-    values = torch.randn(400, generator=torch.Generator().manual_seed(1)) + 1
-    figure = paired(torch.cat([values, torch.tensor([float("nan")])]))
-    half = 1.96 * float(values.std()) / 20
-    assert figure.n == 400 and figure.value == pytest.approx(float(values.mean()))
-    assert figure.high - figure.value == pytest.approx(half, rel=0.1)
-    assert figure.value - figure.low == pytest.approx(half, rel=0.1)
 
 
 def test_both_at_once() -> None:
@@ -76,5 +65,5 @@ def test_a_whole_comparison(tmp_path, monkeypatch, capsys) -> None:
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     unchanged = {row["part"]: row["value"] for row in rows if row["case"] == "photo unchanged"}
     assert unchanged["success and kept"] == unchanged["success"] == 0 and unchanged["rest kept"] == 1
-    assert unchanged["PSNR outside"] > 90 and {"seconds a picture", "seconds a tune"} <= unchanged.keys()
+    assert unchanged["PSNR outside"] > 50 and {"seconds a picture", "seconds a tune"} <= unchanged.keys()
     assert grid.exists() and "SDEdit" in capsys.readouterr().out
