@@ -196,7 +196,6 @@ class Learner:
             assert self._text_plan is not None
             self._text_plan.reset()
         self._unet_plan.reset()
-        self._graphs_key = tuple(embedding.shape)
 
     def _require_gradients(self, wanted: bool) -> None:
         for tensor in (*self._leaves, *self._text_parameters):
