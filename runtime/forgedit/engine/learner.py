@@ -87,7 +87,7 @@ class Learner:
         self._original, self._names = original, list(names)
         self._graphs = graphs if graphs is not None else GraphCache(unet.device)
         mine = [name.removeprefix("unet.") for name in names if name.startswith("unet.")]
-        self._leaves = [leaf.tensor for leaf in unet.leaves if not leaf.parts.keys().isdisjoint(mine)]
+        self._leaves = unet.leaves_of(mine)
         self._weights = {name: unet.weights[name].detach() for name in mine}
         half = unet.dtype != torch.float32
         self._masters = {name: w.float() if half else w for name, w in self._weights.items()}
@@ -105,8 +105,8 @@ class Learner:
         self._rates = config.unet_lr, config.text_encoder_lr if self._text is not None else config.embedding_lr
         self._frees = way.mode == "lean"
         for leaf in self._leaves:
-            leaf.grad = None if self._frees else torch.zeros_like(leaf)
-        grads = None if self._frees else list(self._parts([leaf.grad for leaf in self._leaves]).values())
+            leaf.tensor.grad = None if self._frees else torch.zeros_like(leaf.tensor)
+        grads = None if self._frees else self._gradient_parts()
         self._unet_plan = self._make_plan(
             self._masters.values(), grads, lr=self._rates[0], copies=self._weights.values() if half else None
         )
@@ -198,7 +198,7 @@ class Learner:
         self._unet_plan.reset()
 
     def _require_gradients(self, wanted: bool) -> None:
-        for tensor in (*self._leaves, *self._text_parameters):
+        for tensor in self._trained():
             tensor.requires_grad_(wanted)
         self.unet.checkpointing = wanted and self.way.checkpointing
 
@@ -245,7 +245,7 @@ class Learner:
 
     def _gradients(self, rows: _Rows, first: bool, last: bool) -> None:
         if first:
-            held = [tensor.grad for tensor in (*self._leaves, *self._text_parameters) if tensor.grad is not None]
+            held = [tensor.grad for tensor in self._trained() if tensor.grad is not None]
             if held:  # else torch refuses
                 torch._foreach_zero_(held)
         losses = self._forward(rows)
@@ -261,16 +261,15 @@ class Learner:
         """For this backward pass: each gradient updates its weights, and is let go."""
         self._unet_plan.advance()
         places = {name: index for index, name in enumerate(self._weights)}
-        leaves = {id(leaf.tensor): leaf for leaf in self.unet.leaves}
 
-        def apply(tensor: Tensor) -> None:
+        def apply(parts: Mapping[str, slice], tensor: Tensor) -> None:
             assert tensor.grad is not None
-            for name, part in leaves[id(tensor)].parts.items():
+            for name, part in parts.items():
                 if name in places:
                     self._unet_plan.apply(places[name], tensor.grad[part])
             tensor.grad = None
 
-        return [leaf.register_post_accumulate_grad_hook(apply) for leaf in self._leaves]
+        return [leaf.tensor.register_post_accumulate_grad_hook(partial(apply, leaf.parts)) for leaf in self._leaves]
 
     def _update(self) -> None:
         def update() -> None:
@@ -281,14 +280,17 @@ class Learner:
 
         self._graphs.run("update", update)
 
-    def _parts(self, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Of tensors like the leaves the rows of each trained weight, in the weights' order."""
+    def _trained(self) -> list[Tensor]:
+        """What autograd is asked about."""
+        return [*(leaf.tensor for leaf in self._leaves), *self._text_parameters]
+
+    def _gradient_parts(self) -> list[Tensor]:
+        """Of the leaves' gradients the rows of each trained weight, in the weights' order."""
         found = {}
-        by_tensor = {id(leaf.tensor): leaf for leaf in self.unet.leaves}
-        for mine, tensor in zip(self._leaves, tensors, strict=True):
-            assert tensor is not None
-            found.update({name: tensor[part] for name, part in by_tensor[id(mine)].parts.items()})
-        return {name: found[name] for name in self._weights}
+        for leaf in self._leaves:
+            assert leaf.tensor.grad is not None
+            found.update({name: leaf.tensor.grad[part] for name, part in leaf.parts.items()})
+        return [found[name] for name in self._weights]
 
 
 def draw(

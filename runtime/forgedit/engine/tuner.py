@@ -168,7 +168,7 @@ class Tuner:
         key = (unet.dtype, way.checkpointing, latents.shape[1:], tuple(names))
         if key not in self._passes:
             mine = {name.removeprefix("unet.") for name in names}
-            leaves = [leaf.tensor for leaf in unet.leaves if not leaf.parts.keys().isdisjoint(mine)]
+            leaves = [leaf.tensor for leaf in unet.leaves_of(mine)]
             source = embedding.detach().clone().requires_grad_()
 
             def run(rows: int) -> None:

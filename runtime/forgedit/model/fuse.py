@@ -12,7 +12,7 @@ The diffusers module given is read, never changed, and no class is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -85,6 +85,10 @@ class FusedUNet:
         self._up = [build.level(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
         self._norm_out = build.norm("conv_norm_out", unet.conv_norm_out)
         self.prompts = build.prompts  # the matrices that make each cross-attention's keys and values, and its heads
+
+    def leaves_of(self, names: Collection[str]) -> list[Leaf]:
+        """The leaves that weights of these names lie in."""
+        return [leaf for leaf in self.leaves if not leaf.parts.keys().isdisjoint(names)]
 
     def project_timesteps(self, timesteps: Tensor) -> Tensor:
         """All blocks' time projections [S, channels of all blocks] for timesteps [S]."""
