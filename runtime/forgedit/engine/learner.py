@@ -234,9 +234,8 @@ class Learner:
         return source
 
     def _forward(self, rows: _Rows) -> Tensor:
-        """Losses [b], one a row. The prompt's keys and values are made of one row, and broadcast."""
-        prompts = [made.expand(len(rows.noisy), *made.shape[1:]) for made in self.unet.project_prompts(self._source())]
-        answer = self.unet(rows.noisy, self.unet.project_timesteps(rows.timesteps), prompts)
+        """Losses [b], one a row."""
+        answer = self.unet.predict(rows.noisy, rows.timesteps, self._source())
         return mse_loss(answer.float(), rows.target, reduction="none").mean(dim=(1, 2, 3))
 
     @torch.no_grad()

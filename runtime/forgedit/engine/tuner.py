@@ -173,9 +173,8 @@ class Tuner:
 
             def run(rows: int) -> None:
                 noisy = latents.expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
-                times = unet.project_timesteps(torch.zeros(rows, dtype=torch.int64, device=unet.device))
-                prompts = [made.expand(rows, *made.shape[1:]) for made in unet.project_prompts(source)]
-                unet(noisy, times, prompts).float().square().mean().backward()
+                timesteps = torch.zeros(rows, dtype=torch.int64, device=unet.device)
+                unet.predict(noisy, timesteps, source).float().square().mean().backward()
 
             hooks = [leaf.requires_grad_().register_post_accumulate_grad_hook(_let_go) for leaf in leaves]
             unet.checkpointing = way.checkpointing

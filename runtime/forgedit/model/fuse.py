@@ -106,6 +106,14 @@ class FusedUNet:
         embeddings = embeddings.to(self.dtype)
         return [linear(embeddings, weight).unflatten(-1, (2, heads, -1)) for weight, heads in self.prompts]
 
+    def predict(self, latents: Tensor, timesteps: Tensor, embedding: Tensor) -> Tensor:
+        """The answer to rows that have one prompt, whose keys and values are made of one row and broadcast.
+
+        latents: as __call__ takes them; timesteps: [B]; embedding: [1, T, D]
+        """
+        prompts = [made.expand(len(latents), *made.shape[1:]) for made in self.project_prompts(embedding)]
+        return self(latents, self.project_timesteps(timesteps), prompts)
+
     def __call__(self, latents: Tensor, times: Tensor, prompts: list[Tensor]) -> Tensor:
         """The UNet's answer.
 
