@@ -164,9 +164,9 @@ class Tuner:
 
     def _pass_cost(self, way: Way, names: Sequence[str], latents: Tensor, embedding: Tensor) -> PassCost:
         """Measured once for each dtype, size and way of checkpointing; gradients of weights are let go at once."""
-        unet, _ = self._unet(DTYPES[way.mode])
-        key = (unet.dtype, way.checkpointing, latents.shape[1:], tuple(names))
+        key = (DTYPES[way.mode], way.checkpointing, latents.shape[1:], tuple(names))
         if key not in self._passes:
+            unet, _ = self._unet(DTYPES[way.mode])
             mine = {name.removeprefix("unet.") for name in names}
             leaves = [leaf.tensor for leaf in unet.leaves_of(mine)]
             source = embedding.detach().clone().requires_grad_()
