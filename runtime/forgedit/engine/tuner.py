@@ -112,15 +112,19 @@ class Tuner:
     def release(self) -> None:
         """Let go of everything that only tuning needs."""
         self._drop_learner()
-        self._unets = {dtype: pair for dtype, pair in self._unets.items() if pair[0] is self._shared}
-        if self._shared.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._drop_unets(but=self._shared.dtype)
 
     def _drop_learner(self) -> None:
         self._learner = None
         for unet, _ in self._unets.values():
             for leaf in unet.leaves:
                 leaf.tensor.grad = None
+
+    def _drop_unets(self, but: torch.dtype) -> None:
+        """All but the shared one, and the one of this dtype."""
+        self._unets = {dtype: self._unets[dtype] for dtype in self._unets if dtype in (but, self._shared.dtype)}
+        if self._shared.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _ways(self, config: TuneConfig) -> list[Way]:
         """The ladder down from the mode asked for; without a budget only its top is looked at."""
@@ -153,7 +157,7 @@ class Tuner:
             return held + laid_out + predicted_bytes(way, trained, config, latents[0].numel(), passing)
 
         way, needed = choose_way(iter(ways), predict, budget)
-        self.release()  # what only ways that do not fit would have needed
+        self._drop_unets(but=DTYPES[way.mode])  # what only ways that do not fit would have needed
         rows = config.num_steps * config.batch_size
         seconds = rows * self._pass_cost(way, names, latents, embedding).row_seconds
         peak = f"{show_bytes(needed)} of {show_bytes(budget)}"
