@@ -18,9 +18,8 @@ from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling
 from forgedit.engine.sampler import Sampler, Schedule, ddim_schedule, solver_schedule
 from forgedit.engine.tuner import Tuner
-from forgedit.engine.weights import ResidentWeights
+from forgedit.engine.weights import lay_out
 from forgedit.model import Model
-from forgedit.model.fuse import FusedUNet
 from forgedit.model.schedulers import make_scheduler
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.sample import clean_and_noise
@@ -49,9 +48,7 @@ class Resident:
         memory_bytes: int | None = None,
     ) -> None:
         self._model, self._backend, self._dtype = model, backend, NUMERICS[numerics]
-        self._unet = FusedUNet(model.unet, self._dtype, backend)
-        named = {f"unet.{name}": weight for name, weight in self._unet.weights.items()}
-        self._weights = ResidentWeights(named, original, backend)
+        self._unet, self._weights = lay_out(model.unet, self._dtype, original, backend)
         self._tuner = Tuner(model, original, numerics, self._unet, self._weights, backend, memory_bytes)
         self.graphs = graphs
         self._sampler = Sampler(self._unet, graphs, backend)

@@ -13,7 +13,7 @@ from forgedit.config import TuneConfig
 from forgedit.engine.learner import DTYPES, Learned, Learner
 from forgedit.engine.plan import device_budget, show_bytes
 from forgedit.engine.tune_plan import MODES, PassCost, Way, choose_way, ladder, predicted_bytes
-from forgedit.engine.weights import ResidentWeights
+from forgedit.engine.weights import ResidentWeights, lay_out
 from forgedit.errors import TuneDiverged
 from forgedit.model import Model
 from forgedit.model.fuse import FusedUNet
@@ -193,9 +193,7 @@ class Tuner:
 
     def _unet(self, dtype: torch.dtype) -> tuple[FusedUNet, ResidentWeights]:
         if dtype not in self._unets:
-            unet = FusedUNet(self._model.unet, dtype, self._backend)
-            named = {f"unet.{name}": weight for name, weight in unet.weights.items()}
-            self._unets[dtype] = unet, ResidentWeights(named, self._original, self._backend)
+            self._unets[dtype] = lay_out(self._model.unet, dtype, self._original, self._backend)
         return self._unets[dtype]
 
     def _prepare(self, way: Way, names: Sequence[str], config: TuneConfig) -> Learner:

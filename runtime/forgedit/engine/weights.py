@@ -5,9 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from forgedit.model.fuse import FusedUNet
 from forgedit.stages.forget import forgotten_names
 from forgedit_kernels import MergePlan, backend_for
 
@@ -97,3 +100,15 @@ class ResidentWeights:
             del plans[next(iter(plans))]  # the one not used longest
         plans[key] = kept
         return kept.plan
+
+
+def lay_out(
+    unet: Any, dtype: torch.dtype, original: Mapping[str, Tensor], backend: str
+) -> tuple[FusedUNet, ResidentWeights]:
+    """The engine's UNet of one dtype, holding the originals, and what writes its weights.
+
+    unet: diffusers', holding the originals too; original: by name, prefixed 'unet.'; backend: of forgedit_kernels
+    """
+    fused = FusedUNet(unet, dtype, backend)
+    named = {f"unet.{name}": weight for name, weight in fused.weights.items()}
+    return fused, ResidentWeights(named, original, backend)
