@@ -27,8 +27,9 @@ from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize
 from bench.subject import Call, Subject
 from forgedit import TuneConfig
 from forgedit.engine.graphs import GraphCache
-from forgedit.engine.learner import DTYPES, Learner, draw
+from forgedit.engine.learner import DTYPES, Learner
 from forgedit.engine.numerics import true_float32
+from forgedit.engine.tune_inputs import TuneInputs, draw
 from forgedit.engine.tune_plan import Way
 from forgedit.model.fuse import FusedUNet
 from forgedit.progress import wait
@@ -146,7 +147,7 @@ def engine(
         for name, weight in unet.weights.items():
             weight.copy_(task.original[name])
         given = (task.latents, task.embedding, task.token_ids, task.alphas_cumprod, task.prediction_type)
-        learned = learner.learn(*given, config, task.generator(), _ignore)
+        learned = learner.learn(TuneInputs(*given, names, config, task.generator(), _ignore))
         weights = {name.removeprefix("unet."): weight for name, weight in learned.tuned.items()}
         return weights | {SOURCE: learned.embedding}
 

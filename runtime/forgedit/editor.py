@@ -16,11 +16,11 @@ from torch import Tensor
 from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.batch import Leg, Travelled, expected_seconds, in_batches, make_batch, travel, warm_up
 from forgedit.engine.graphs import GraphCache
-from forgedit.engine.learner import Learned
 from forgedit.engine.numerics import check_numerics, true_float32
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
 from forgedit.engine.stats import Stats, check_deadline
+from forgedit.engine.tune_inputs import Learned, TuneInputs
 from forgedit.errors import ModelError, TuneDiverged
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
@@ -188,8 +188,18 @@ class Editor:
                 names = [name for name in self._trained(config.profile) if rates[name.partition(".")[0]]]
                 learned = Learned(start, {}, (), False, "nothing was learned")
                 if names or config.embedding_lr:
-                    path = self._method_path()
-                    learned = path.learn(encoded.latents, start, ids, names, config, generator, report)
+                    inputs = TuneInputs(
+                        latents=encoded.latents,
+                        embedding=start,
+                        token_ids=ids,
+                        alphas_cumprod=model.alphas_cumprod,
+                        prediction_type=model.prediction_type,
+                        names=names,
+                        config=config,
+                        generator=generator,
+                        on_step=report,
+                    )
+                    learned = self._method_path().learn(inputs)
                 if not all(weight.isfinite().all() for weight in (learned.embedding, *learned.tuned.values())):
                     raise TuneDiverged("the last step left values that are not finite; lower unet_lr or loss_scale")
         for stage, spent in progress.seconds.items():

@@ -12,6 +12,7 @@ from forgedit import EditConfig, EditDiverged, Editor, TuneConfig
 from forgedit.engine.batch import Leg
 from forgedit.engine.learner import DTYPES, Learner
 from forgedit.engine.sampler import ddim_schedule, inverted, last_steps
+from forgedit.engine.tune_inputs import TuneInputs
 from forgedit.engine.tune_plan import Way
 from forgedit.evaluate.baselines import (
     BASELINES,
@@ -368,10 +369,11 @@ def test_no_gradient_is_made_of_what_has_rate_0(editor, mode):
     embedding = editor.model.text_encoder(ids).last_hidden_state
     learner = Learner(unet, editor.originals(), editor.model.text_encoder, [], config, way)
     asked = []
-    learned = learner.learn(
-        torch.randn(1, 4, 8, 8), embedding, ids, editor.model.alphas_cumprod, "epsilon", config,
+    inputs = TuneInputs(
+        torch.randn(1, 4, 8, 8), embedding, ids, editor.model.alphas_cumprod, "epsilon", [], config,
         torch.Generator().manual_seed(0), lambda *_: asked.append([leaf.tensor.requires_grad for leaf in unet.leaves]),
     )  # fmt: skip
+    learned = learner.learn(inputs)
     assert learned.tuned == {} and not torch.equal(learned.embedding, embedding)
     assert len(asked) == 2 and not any(map(any, asked))
 

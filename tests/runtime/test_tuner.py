@@ -12,7 +12,8 @@ from torch.nn.functional import mse_loss
 
 from forgedit import Editor, TuneConfig, TuneDiverged
 from forgedit.engine.graphs import GraphCache
-from forgedit.engine.learner import DTYPES, Learner, draw
+from forgedit.engine.learner import DTYPES, Learner
+from forgedit.engine.tune_inputs import TuneInputs, draw
 from forgedit.engine.tune_plan import PassCost, Way, choose_way, ladder, peak_during, predicted_bytes
 from forgedit.engine.tuner import Tuner
 from forgedit.model.fuse import FusedUNet
@@ -50,9 +51,12 @@ class Task:
     def learn(self, learner, config=None, on_step=lambda *_: None, latents=None):
         for name, weight in learner.unet.weights.items():
             weight.copy_(self.original[f"unet.{name}"])
-        return learner.learn(
+        return learner.learn(self.inputs(config, on_step, latents))
+
+    def inputs(self, config=None, on_step=lambda *_: None, latents=None):
+        return TuneInputs(
             self.latents if latents is None else latents, self.embedding, self.ids, self.model.alphas_cumprod,
-            self.model.prediction_type, config or self.config, torch.Generator().manual_seed(0), on_step,
+            self.model.prediction_type, self.names, config or self.config, torch.Generator().manual_seed(0), on_step,
         )  # fmt: skip
 
 
@@ -264,7 +268,7 @@ def test_the_prediction_is_within_15_percent(editor, way):
     task = Task(editor, shape=(1, 4, 16, 16))
     unet = FusedUNet(task.model.unet, DTYPES[way.mode])
     tuner = Tuner(task.model, task.original, "exact", unet, None, "auto")
-    passing = tuner._pass_cost(way, task.names, task.latents, task.embedding)
+    passing = tuner._pass_cost(way, task.inputs())
     trained = [task.original[name] for name in task.names]
     predicted = predicted_bytes(way, trained, task.config, task.latents.numel(), passing)
 
@@ -368,12 +372,11 @@ def test_the_plain_path_has_no_modes(reference_editor, photo):
 def failing(learn, ways, error):
     """Learner.learn, which raises `error` after one step in these ways."""
 
-    def instead(self, *arguments):
+    def instead(self, inputs):
         if self.way in ways:
-            arguments[-2].get_state()
-            torch.randn(7, generator=arguments[-2])  # what was drawn must not matter
+            torch.randn(7, generator=inputs.generator)  # what was drawn must not matter
             raise error
-        return learn(self, *arguments)
+        return learn(self, inputs)
 
     return instead
 

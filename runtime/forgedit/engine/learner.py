@@ -23,25 +23,14 @@ from torch.nn.functional import mse_loss
 
 from forgedit.config import TuneConfig
 from forgedit.engine.graphs import GraphCache
+from forgedit.engine.tune_inputs import Learned, TuneInputs, draw
 from forgedit.engine.tune_plan import Way
 from forgedit.errors import TuneDiverged
 from forgedit.model.fuse import FusedUNet
-from forgedit.stages.tune import first_stop, training_target
+from forgedit.stages.tune import first_stop
 from forgedit_kernels import Adam8bitPlan, AdamPlan, backend_for
 
 DTYPES = {"exact": torch.float32, "fast": torch.bfloat16, "lean": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Learned:
-    """embedding: e_src [1, T, D]; tuned: float32 weights by name, prefixed 'unet.' or 'text_encoder.', the caller's
-    own; losses: one a step; stopped_early: a bool; way: how it was computed, in words."""
-
-    embedding: Tensor
-    tuned: dict[str, Tensor]
-    losses: tuple[float, ...]
-    stopped_early: bool
-    way: str
 
 
 @dataclass(frozen=True)
@@ -113,26 +102,18 @@ class Learner:
         self._text_plan: AdamPlan | Adam8bitPlan | None = None
         self._text_parameters: list[Tensor] = []
 
-    def learn(
-        self,
-        latents: Tensor,
-        embedding: Tensor,
-        token_ids: Tensor,
-        alphas_cumprod: Tensor,
-        prediction_type: str,
-        config: TuneConfig,
-        generator: torch.Generator,
-        on_step: Callable[[int, int, float | None], None],
-    ) -> Learned:
-        """Learn one photo, as stages.tune.tune says; config differs from the engine's in seed and steps at most.
+    def learn(self, inputs: TuneInputs) -> Learned:
+        """Learn one photo, as stages.tune.tune says.
 
-        latents: [1, C, h, w]; embedding: [1, T, D]; token_ids: [1, T]
-        on_step: called with (step, total, loss); on a GPU the loss is None until the first step that can stop
+        inputs: names are this learner's; config differs from the one it was made for in seed and steps at most
         Raises: TuneDiverged if a loss is not finite
         """
+        latents, config = inputs.latents, inputs.config
         steps, batch = config.num_steps, self._batch
-        noisy, timesteps, target = draw(latents, alphas_cumprod, prediction_type, config, generator)
-        self._begin(embedding, token_ids)
+        noisy, timesteps, target = draw(
+            latents, inputs.alphas_cumprod, inputs.prediction_type, config, inputs.generator
+        )
+        self._begin(inputs.embedding, inputs.token_ids)
         losses = torch.zeros(steps, batch, device=latents.device)
         wait_from = first_stop(config) if latents.is_cuda else 0
         stopped_early, step = False, 0
@@ -155,7 +136,7 @@ class Learner:
                     if self._frees and decides:
                         self._pass(parts, losses[step])
                     self._update()
-                on_step(step + 1, steps, loss)
+                inputs.on_step(step + 1, steps, loss)
                 if stopped_early:
                     break
         finally:
@@ -290,21 +271,3 @@ class Learner:
             assert leaf.tensor.grad is not None
             found.update({name: leaf.tensor.grad[part] for name, part in leaf.parts.items()})
         return [found[name] for name in self._weights]
-
-
-def draw(
-    latents: Tensor, alphas_cumprod: Tensor, prediction_type: str, config: TuneConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps' random numbers, in METHOD's order, and what follows from them.
-
-    Returns: noisy latents [S, B, C, h, w], timesteps [S, B], and what the UNet should answer, like the noisy latents
-    """
-    shape = (config.batch_size, *latents.shape[1:])
-    noises, drawn = [], []
-    for _ in range(config.num_steps):
-        noises.append(torch.randn(shape, generator=generator))
-        drawn.append(torch.randint(0, len(alphas_cumprod), shape[:1], generator=generator))
-    noise, timesteps = torch.stack(noises).to(latents.device), torch.stack(drawn).to(latents.device)
-    signal = alphas_cumprod[timesteps][:, :, None, None, None]
-    noisy = signal**0.5 * latents + (1 - signal) ** 0.5 * noise
-    return noisy, timesteps, training_target(noise, latents.expand_as(noise), signal, prediction_type)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from forgedit.config import EditConfig, TuneConfig
+from forgedit.config import EditConfig
 from forgedit.engine.graphs import GraphCache
-from forgedit.engine.learner import Learned
 from forgedit.engine.sampler import Schedule
+from forgedit.engine.tune_inputs import Learned, TuneInputs
 from forgedit.model import Model
 from forgedit.stages.blend import blend_embeddings
 from forgedit.stages.decode import decode_latents
@@ -36,17 +36,9 @@ class Reference:
         """How many edits sample takes together, for latents of `shape`."""
         return 1
 
-    def learn(
-        self,
-        latents: Tensor,
-        embedding: Tensor,
-        token_ids: Tensor,
-        names: Sequence[str],
-        config: TuneConfig,
-        generator: torch.Generator,
-        on_step: Callable[[int, int, float | None], None],
-    ) -> Learned:
+    def learn(self, inputs: TuneInputs) -> Learned:
         """As Tuner.learn, on the model's own modules. Raises: ValueError for a mode or a budget of the engine's"""
+        config, names = inputs.config, inputs.names
         if config.mode != "auto" or config.memory_bytes is not None:
             raise ValueError("the reference path has no modes and no memory plan; leave mode and memory_bytes out")
         model, weights = self._model, self._weights
@@ -55,14 +47,14 @@ class Reference:
         learned = tune(
             unet=model.unet,
             text_encoder=model.text_encoder,
-            token_ids=token_ids,
-            embedding=embedding,
-            latents=latents,
-            alphas_cumprod=model.alphas_cumprod,
-            prediction_type=model.prediction_type,
+            token_ids=inputs.token_ids,
+            embedding=inputs.embedding,
+            latents=inputs.latents,
+            alphas_cumprod=inputs.alphas_cumprod,
+            prediction_type=inputs.prediction_type,
             config=config,
-            generator=generator,
-            on_step=on_step,
+            generator=inputs.generator,
+            on_step=inputs.on_step,
         )
         return Learned(learned.embedding, weights.take(names), learned.losses, learned.stopped_early, "the plain path")
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from forgedit.config import EditConfig, TuneConfig
+from forgedit.config import EditConfig
 from forgedit.engine.graphs import GraphCache
-from forgedit.engine.learner import Learned
 from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling
 from forgedit.engine.sampler import Sampler, Schedule, ddim_schedule, solver_schedule
+from forgedit.engine.tune_inputs import Learned, TuneInputs
 from forgedit.engine.tuner import Tuner
 from forgedit.engine.weights import lay_out
 from forgedit.model import Model
@@ -86,18 +86,9 @@ class Resident:
             decode_batch=DECODE_TOGETHER,
         )
 
-    def learn(
-        self,
-        latents: Tensor,
-        embedding: Tensor,
-        token_ids: Tensor,
-        names: Sequence[str],
-        config: TuneConfig,
-        generator: torch.Generator,
-        on_step: Callable[[int, int, float | None], None],
-    ) -> Learned:
+    def learn(self, inputs: TuneInputs) -> Learned:
         """As Tuner.learn says; it writes the weights that edits are sampled on."""
-        return self._tuner.learn(latents, embedding, token_ids, names, config, generator, on_step)
+        return self._tuner.learn(inputs)
 
     def release(self) -> None:
         """Let go of what only learning needs."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forgedit.config import TuneConfig
-from forgedit.engine.learner import DTYPES, Learned, Learner
+from forgedit.engine.learner import DTYPES, Learner
 from forgedit.engine.plan import device_budget, show_bytes
+from forgedit.engine.tune_inputs import Learned, TuneInputs
 from forgedit.engine.tune_plan import MODES, PassCost, Way, choose_way, ladder, predicted_bytes
 from forgedit.engine.weights import ResidentWeights, lay_out
 from forgedit.errors import TuneDiverged
@@ -19,8 +20,6 @@ from forgedit.model import Model
 from forgedit.model.fuse import FusedUNet
 
 log = logging.getLogger("forgedit")
-
-OnTuneStep = Callable[[int, int, float | None], None]
 
 
 class Tuner:
@@ -51,46 +50,27 @@ class Tuner:
         self._planned: dict[object, Way] = {}
         self.way: Way | None = None  # of the last photo
 
-    def learn(
-        self,
-        latents: Tensor,
-        embedding: Tensor,
-        token_ids: Tensor,
-        names: Sequence[str],
-        config: TuneConfig,
-        generator: torch.Generator,
-        on_step: OnTuneStep,
-    ) -> Learned:
+    def learn(self, inputs: TuneInputs) -> Learned:
         """As Learner.learn, by the way that config.mode and config.memory_bytes, or the device's memory, allow.
 
-        names: of the weights to train. A loss that is not finite has the photo learned once more, in the next safer
+        A loss that is not finite has the photo learned once more, in the next safer
         mode; where memory runs out, the next smaller way goes on. Both are logged, and begin from the first step.
         Raises: TuneDiverged; RuntimeError if no way fits
         """
-        ways, start, retried = self._ways(config), generator.get_state(), False
+        config, latents = inputs.config, inputs.latents
+        ways, start, retried = self._ways(config), inputs.generator.get_state(), False
         given = config.memory_bytes or self._memory_bytes
         budget = given or device_budget(latents.device)
         # planned once, as what the first photo left behind would count against the second
-        plan = (tuple(ways), tuple(names), config.num_steps, latents.shape, given)
+        plan = (tuple(ways), tuple(inputs.names), config.num_steps, latents.shape, given)
         if plan not in self._planned:
-            way = ways[0] if budget is None else self._plan(ways, names, config, latents, embedding, budget)
+            way = ways[0] if budget is None else self._plan(ways, inputs, budget)
             self._planned[plan] = way
         way = self._planned[plan]
         while True:
-            generator.set_state(start)
+            inputs.generator.set_state(start)
             try:
-                learner = self._prepare(way, names, config)
-                model = self._model
-                return learner.learn(
-                    latents,
-                    embedding,
-                    token_ids,
-                    model.alphas_cumprod,
-                    model.prediction_type,
-                    config,
-                    generator,
-                    on_step,
-                )
+                return self._prepare(way, inputs).learn(inputs)
             except TuneDiverged as error:
                 safer = MODES[max(MODES.index(way.mode) - 1, 0)]
                 if retried or safer == way.mode or config.mode != "auto":
@@ -132,17 +112,10 @@ class Tuner:
             return list(ladder([config.mode], config.batch_size))
         return list(ladder(MODES[MODES.index(self._mode) :], config.batch_size))
 
-    def _plan(
-        self,
-        ways: Sequence[Way],
-        names: Sequence[str],
-        config: TuneConfig,
-        latents: Tensor,
-        embedding: Tensor,
-        budget: int,
-    ) -> Way:
+    def _plan(self, ways: Sequence[Way], inputs: TuneInputs, budget: int) -> Way:
         self.release()  # its memory is there to be planned with
-        trained, model = [self._original[name] for name in names], self._model
+        config, latents, model = inputs.config, inputs.latents, self._model
+        trained = [self._original[name] for name in inputs.names]
         size = sum(w.numel() for w in model.unet.parameters())
         if latents.is_cuda:
             held = torch.cuda.memory_allocated(latents.device)
@@ -153,27 +126,28 @@ class Tuner:
 
         def predict(way: Way) -> int:
             laid_out = 0 if DTYPES[way.mode] == self._shared.dtype else size * DTYPES[way.mode].itemsize
-            passing = self._pass_cost(way, names, latents, embedding)
+            passing = self._pass_cost(way, inputs)
             return held + laid_out + predicted_bytes(way, trained, config, latents[0].numel(), passing)
 
         way, needed = choose_way(iter(ways), predict, budget)
         self._drop_unets(but=DTYPES[way.mode])  # what only ways that do not fit would have needed
         rows = config.num_steps * config.batch_size
-        seconds = rows * self._pass_cost(way, names, latents, embedding).row_seconds
+        seconds = rows * self._pass_cost(way, inputs).row_seconds
         peak = f"{show_bytes(needed)} of {show_bytes(budget)}"
         log.info("tune: %s; predicted at most: %s, some %.0f s", way, peak, seconds)
         if config.mode == "auto" and way.mode != self._mode:
             log.warning("mode %s does not fit into %s; the photo is learned in %s", self._mode, show_bytes(budget), way)
         return way
 
-    def _pass_cost(self, way: Way, names: Sequence[str], latents: Tensor, embedding: Tensor) -> PassCost:
+    def _pass_cost(self, way: Way, inputs: TuneInputs) -> PassCost:
         """Measured once for each dtype, size and way of checkpointing; gradients of weights are let go at once."""
-        key = (DTYPES[way.mode], way.checkpointing, latents.shape[1:], tuple(names))
+        latents = inputs.latents
+        key = (DTYPES[way.mode], way.checkpointing, latents.shape[1:], tuple(inputs.names))
         if key not in self._passes:
             unet, _ = self._unet(DTYPES[way.mode])
-            mine = {name.removeprefix("unet.") for name in names}
+            mine = {name.removeprefix("unet.") for name in inputs.names}
             leaves = [leaf.tensor for leaf in unet.leaves_of(mine)]
-            source = embedding.detach().clone().requires_grad_()
+            source = inputs.embedding.detach().clone().requires_grad_()
 
             def run(rows: int) -> None:
                 noisy = latents.expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
@@ -196,8 +170,9 @@ class Tuner:
             self._unets[dtype] = lay_out(self._model.unet, dtype, self._original, self._backend)
         return self._unets[dtype]
 
-    def _prepare(self, way: Way, names: Sequence[str], config: TuneConfig) -> Learner:
+    def _prepare(self, way: Way, inputs: TuneInputs) -> Learner:
         """The learner, its UNet holding the originals."""
+        config, names = inputs.config, inputs.names
         rates = (config.profile, config.batch_size, config.unet_lr, config.embedding_lr, config.text_encoder_lr)
         key = (way, *rates, config.eps, config.loss_scale)
         unet, weights = self._unet(DTYPES[way.mode])
