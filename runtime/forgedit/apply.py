@@ -17,7 +17,7 @@ def merged_weights(
     """Name and value of each tuned weight: keep * tuned + (1 - keep) * original where the strategy matches.
 
     tuned, original: by name, prefixed 'unet.' or 'text_encoder.'; the UNet's alone are forgotten. Values are made one
-    at a time, so that no second set of weights is held.
+    at a time, on the original's device, so that no second set of weights is held.
     Raises: ValueError at once for keep, an unknown strategy, or one that matches no tuned weight of the UNet
     """
     if not 0 <= keep <= 1:
@@ -26,7 +26,9 @@ def merged_weights(
 
     def merge() -> Iterator[tuple[str, Tensor]]:
         for name, weight in tuned.items():
-            yield name, merge_weights([original[name]], [weight], keep)[0] if name in forgotten else weight
+            before = original[name]
+            weight = weight.to(before.device)
+            yield name, merge_weights([before], [weight], keep)[0] if name in forgotten else weight
 
     return merge()
 

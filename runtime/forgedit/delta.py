@@ -26,7 +26,8 @@ _LEAST_SCALE = 2.0**-126  # the smallest normal float32: a block of zeros gets i
 def pack_weight(tuned: Tensor, original: Tensor, delta: str) -> tuple[Tensor, Tensor | None]:
     """What is stored of one tuned weight.
 
-    tuned, original: one shape, dtype and device, any float dtype; delta: one of DELTA_FORMATS
+    tuned, original: one shape and dtype, any float dtype; the difference is made where the original lies
+    delta: one of DELTA_FORMATS
     Returns: values and scales. fp32: the tuned weight, None; fp16: float16 of its shape, float32 [1]; int8: int8 of its
         shape, float32 [ceil(n / 64)]; int4: uint8 [ceil(n / 2)], float32 [ceil(n / 64)]; n values in the weight
     Raises: ValueError for an unknown format, or where the difference is not finite or beyond 2^127
@@ -34,7 +35,7 @@ def pack_weight(tuned: Tensor, original: Tensor, delta: str) -> tuple[Tensor, Te
     check_delta(delta)
     if delta == "fp32":
         return tuned, None
-    difference = tuned.float() - original.float()
+    difference = tuned.to(original.device).float() - original.float()
     blocks = difference.view(1, -1) if delta == "fp16" else _blocks(difference)
     least, most = torch.aminmax(blocks, dim=1)
     largest = torch.maximum(most, -least)
@@ -94,9 +95,14 @@ def _blocks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|^2, Euclidean: differences, squares and sum in float64, on their device. Returns: float64, no dimension"""
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    part = 2**16 if a.device.type == "cpu" else max(a.numel(), 1)  # on a CPU what stays in the cache is 8 times as fast
+    """|a - b|^2, Euclidean: differences, squares and sum in float64, on their device; not the CPU, if one is elsewhere.
+
+    Returns: float64, no dimension
+    """
+    device = b.device if a.device.type == "cpu" else a.device
+    a, b = a.to(device), b.to(device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    part = 2**16 if device.type == "cpu" else max(a.numel(), 1)  # on a CPU what stays in the cache is 8 times as fast
     for some, other in zip(a.flatten().split(part), b.flatten().split(part), strict=True):
         difference = some.double().sub_(other)
         total += difference.dot(difference)

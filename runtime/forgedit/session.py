@@ -78,7 +78,8 @@ class Session:
 
     source: the photo as edited, RGB at the model's size
     embedding: e_src, [1, T, D] float32
-    tuned: tuned weights by name, prefixed 'unet.' or 'text_encoder.'; only tensors that were trained
+    tuned: tuned weights by name, prefixed 'unet.' or 'text_encoder.'; only tensors that were trained. In host memory if
+        the device had no room for more (see way)
     caption, config: what was learned as the photo's prompt, and how
     losses: one per step, the step that stopped early included; stopped_early: whether there was one
     way: how it was computed, in words: mode and rows at once of the engine, or the plain path
@@ -211,12 +212,13 @@ class Session:
         Raises: ValueError for rank, strategy or keep, or a change that is not finite; OSError, with no partial file
         """
         words = {"caption": self.caption, "strategy": strategy, "keep": keep}
+        originals = self.editor.originals()
         return write_lora(
             Path(path),
             rank,
             parts={"unet": self.editor.model.unet, "text_encoder": self.editor.model.text_encoder},
-            merged=merged_weights(self.tuned, self.editor.originals(), strategy, keep),
-            original={name: self.editor.originals()[name] for name in self.tuned},
+            merged=merged_weights(self.tuned, originals, strategy, keep),
+            original={name: originals[name] for name in self.tuned},
             embedding=self.embedding,
             record=words | {"base_fingerprint": self.editor.fingerprint},
         )
@@ -225,8 +227,9 @@ class Session:
         """Tensors to store, on the CPU, and the relative error of what will be restored from them."""
         tensors: dict[str, Tensor] = {}
         wrong = change = torch.zeros((), dtype=torch.float64, device=self.embedding.device)
+        originals = self.editor.originals()
         for name, tuned in self.tuned.items():
-            original = self.editor.originals()[name]
+            original = originals[name]
             values, scales = pack_weight(tuned, original, delta)
             tensors[name] = values.cpu().contiguous()
             if scales is not None:
@@ -253,13 +256,13 @@ def read_session(editor: Editor, path: Path) -> Session:
 def _unpacked(editor: Editor, tensors: dict[str, Tensor], record: dict[str, Any]) -> Session:
     source, embedding = tensors.pop("source"), tensors.pop("embedding")
     opacity = tensors.pop("opacity", None)
-    tuned = {}
+    tuned, originals = {}, editor.originals()
     for name in [name for name in tensors if not name.endswith(SCALES)]:
-        if name not in editor.originals():
+        if name not in originals:
             raise ValueError(f"it holds {name!r}, which the model lacks")
         try:
             parts = tensors[name], tensors.get(name + SCALES)
-            tuned[name] = unpack_weight(*parts, editor.originals()[name], record["delta"])
+            tuned[name] = unpack_weight(*parts, originals[name], record["delta"])
         except ValueError as error:
             raise ValueError(f"{name!r} is not what the format says: {error}") from error
     return Session(

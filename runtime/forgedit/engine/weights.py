@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forgedit.model.fuse import FusedUNet
 from forgedit.stages.forget import forgotten_names
-from forgedit_kernels import MergePlan, backend_for
+from forgedit_kernels import MergePlan, backend_for, merge_weights
 
 MOST_PLANS = 8  # kept of one session: from strategy to strategy and back, between a few of them
 UNKNOWN = object()  # what a weight holds while it is written; equal to nothing
@@ -26,17 +26,20 @@ class _Kept:
     plan: MergePlan
     addresses: Sequence[int]
 
-    def is_of(self, tuned: Mapping[str, Tensor]) -> bool:
+    def is_of(self, original: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> bool:
         """Whether it would still merge these tensors: the same ones, where they were."""
-        listed = zip(self.names, self.plan.tuned, self.addresses, strict=True)
-        return all(tuned[name] is weight and weight.data_ptr() == address for name, weight, address in listed)
+        listed = zip(self.names, self.plan.original, self.plan.tuned, self.addresses, strict=True)
+        return all(
+            original[name] is before and tuned[name] is weight and weight.data_ptr() == address
+            for name, before, weight, address in listed
+        )
 
 
 class ResidentWeights:
     """The forgetting merge, in place, into the buffers that the engine (and its captured graphs) reads.
 
-    resident: the engine's weights by name; original: the same names, shapes and device, of another dtype or layout
-    perhaps, never written; resident holds these values now
+    resident: the engine's weights by name; original: the same names and shapes, of another dtype or layout perhaps,
+    never written; resident holds these values now. An entry may be replaced by an equal tensor on another device
     version: grows with every change, for what is computed from the weights and kept
     """
 
@@ -53,6 +56,10 @@ class ResidentWeights:
     def restore(self) -> None:
         """Hold the originals."""
         self.load(None, {}, "none", 0.0)
+
+    def forget_plans(self) -> None:
+        """Hold no original any longer, nor what was tuned: merges are listed anew."""
+        self._plans.clear()
 
     def expect_writes(self, names: Iterable[str]) -> None:
         """Another is about to write these weights: what they hold is not known until they are loaded again."""
@@ -79,10 +86,29 @@ class ResidentWeights:
         for name in stale:
             groups.setdefault(shares.get(name, 0.0), []).append(name)
         for share, names in groups.items():
-            of = self if share == 0 else owner() if isinstance(owner, weakref.ref) else None
-            self._plan(of, names, tuned if share else self._original).run(share)
+            side = tuned if share else self._original
+            if self._elsewhere(names, side):
+                self._write_singly(names, side, share)
+            else:
+                of = self if share == 0 else owner() if isinstance(owner, weakref.ref) else None
+                self._plan(of, names, side).run(share)
         self._held = wanted
         return True
+
+    def _elsewhere(self, names: Iterable[str], tuned: Mapping[str, Tensor]) -> bool:
+        """Whether something of either side would have to come from another device."""
+        sides = (self._original, tuned)
+        return any(side[name].device != self._resident[name].device for name in names for side in sides)
+
+    def _write_singly(self, names: Iterable[str], tuned: Mapping[str, Tensor], share: float) -> None:
+        """The merge, weight by weight, so that of what comes from another device only one is here at a time."""
+        for name in names:
+            out = self._resident[name]
+            weight = tuned[name].to(out.device)
+            if 0 < share < 1:
+                merge_weights([self._original[name].to(out.device)], [weight], share, [out], backend=self._backend)
+            else:
+                out.copy_(weight)
 
     def _plan(self, of: object | None, names: Sequence[str], tuned: Mapping[str, Tensor]) -> MergePlan:
         """The merge of these weights: the one listed before, if that is still true.
@@ -92,7 +118,7 @@ class ResidentWeights:
         plans = {} if of is None else self._plans.setdefault(of, {})
         key = frozenset(names)
         kept = plans.pop(key, None)
-        if kept is None or not kept.is_of(tuned):
+        if kept is None or not kept.is_of(self._original, tuned):
             sides = ([side[name] for name in names] for side in (self._original, tuned, self._resident))
             plan = MergePlan(*sides, backend=self._backend)
             kept = _Kept(names, plan, [weight.data_ptr() for weight in plan.tuned])
@@ -103,12 +129,17 @@ class ResidentWeights:
 
 
 def lay_out(
-    unet: Any, dtype: torch.dtype, original: Mapping[str, Tensor], backend: str
+    unet: Any,
+    dtype: torch.dtype,
+    original: Mapping[str, Tensor],
+    backend: str,
+    device: torch.device | None = None,
 ) -> tuple[FusedUNet, ResidentWeights]:
     """The engine's UNet of one dtype, holding the originals, and what writes its weights.
 
     unet: diffusers', holding the originals too; original: by name, prefixed 'unet.'; backend: of forgedit_kernels
+    device: None takes the unet's
     """
-    fused = FusedUNet(unet, dtype, backend)
+    fused = FusedUNet(unet, dtype, backend, device)
     named = {f"unet.{name}": weight for name, weight in fused.weights.items()}
     return fused, ResidentWeights(named, original, backend)

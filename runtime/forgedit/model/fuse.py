@@ -60,20 +60,27 @@ class Leaf:
 class FusedUNet:
     """The UNet's forward pass over weights of its own.
 
-    unet: a frozen UNet2DConditionModel of Stable Diffusion 1.x or 2.x; its device is taken
+    unet: a frozen UNet2DConditionModel of Stable Diffusion 1.x or 2.x
     dtype: of weights and features; backend: of forgedit_kernels, for every op that has it
+    device: None takes the unet's
     weights: by the UNet's parameter names, each with that parameter's shape; write to them in place only
     leaves: what they lie in; none requires a gradient unless the caller says so
     checkpointing: whether a backward pass computes each layer's inside anew instead of keeping it
     Raises: ModelError for a UNet of another structure
     """
 
-    def __init__(self, unet: Any, dtype: torch.dtype = torch.float32, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        unet: Any,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        device: torch.device | None = None,
+    ) -> None:
         unexpected = {name: unet.config[name] for name in EXPECTED if unet.config[name] != EXPECTED[name]}
         if unexpected:
             raise ModelError(f"the engine does not know a UNet with {unexpected}; use numerics='reference'")
-        self.dtype, self.device, self.checkpointing = dtype, unet.conv_in.weight.device, False
-        self.weights, whole = _lay_out(unet, dtype)
+        self.dtype, self.device, self.checkpointing = dtype, device or unet.conv_in.weight.device, False
+        self.weights, whole = _lay_out(unet, dtype, self.device)
         joined = [Leaf(whole[names[0]], _rows(self.weights, names)) for names in _side_by_side(unet)]
         alone = self.weights.keys() - {name for leaf in joined for name in leaf.parts}
         self.leaves = joined + [Leaf(w, {n: slice(None)}) for n, w in self.weights.items() if n in alone]
@@ -331,18 +338,19 @@ def _rows(weights: Weights, names: list[str]) -> dict[str, slice]:
     return {name: slice(end - len(weights[name]), end) for name, end in zip(names, ends, strict=True)}
 
 
-def _lay_out(unet: Any, dtype: torch.dtype) -> tuple[Weights, dict[str, Tensor]]:
+def _lay_out(unet: Any, dtype: torch.dtype, device: torch.device) -> tuple[Weights, dict[str, Tensor]]:
     """Copies of the weights by name, in dtype, and the matrices that hold several, by the first one's name."""
     parameters = {name: weight.detach() for name, weight in unet.named_parameters()}
     weights: Weights = {}
     whole: dict[str, Tensor] = {}
     for names in _side_by_side(unet):
-        whole[names[0]] = torch.cat([parameters[name] for name in names]).to(dtype)
+        whole[names[0]] = torch.cat([parameters[name] for name in names]).to(device, dtype)
         parts = whole[names[0]].split([len(parameters[name]) for name in names])
         weights.update(zip(names, parts, strict=True))
     for name, weight in parameters.items():
         if name not in weights:
             pixels = weight.dim() == 4 and weight.shape[-1] > 1  # a 1x1 convolution is a product of tokens
             layout = torch.channels_last if pixels else torch.contiguous_format
-            weights[name] = torch.empty_like(weight, dtype=dtype, memory_format=layout).copy_(weight)
+            empty = torch.empty_like(weight, dtype=dtype, device=device, memory_format=layout)
+            weights[name] = empty.copy_(weight)
     return {name: weights[name] for name in parameters}, whole
