@@ -17,6 +17,7 @@ from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.batch import Leg, Travelled, expected_seconds, in_batches, make_batch, travel, warm_up
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import check_numerics, true_float32
+from forgedit.engine.parking import Parking
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
 from forgedit.engine.stats import Stats, check_deadline
@@ -55,12 +56,19 @@ class Editor:
     memory_bytes: what may be held on the device, everything loaded included; decides how many edits are made together
         and how a photo is learned (TuneConfig.memory_bytes stands above it there). None takes what there is, on a CPU
         a fixed number of edits
+    shared_with: modules of yours that hold some of the model's memory too; that stays on the device where, for want of
+        memory, the rest waits on the host while a photo is learned
     defaults: the settings the model recommends, taken where a call names none
     Raises: ValueError for a backend that cannot run here, or unknown numerics
     """
 
     def __init__(
-        self, model: Model, backend: str = "auto", numerics: str = "exact", memory_bytes: int | None = None
+        self,
+        model: Model,
+        backend: str = "auto",
+        numerics: str = "exact",
+        memory_bytes: int | None = None,
+        shared_with: Iterable[Any] = (),
     ) -> None:
         check_numerics(numerics)
         available = available_backends(model.alphas_cumprod.device)
@@ -72,6 +80,8 @@ class Editor:
         self.numerics = numerics
         self._told, self._memory_bytes = backend, memory_bytes
         self._weights = Weights(model.unet, model.text_encoder)
+        shared = {tensor.data_ptr() for module in shared_with for tensor in module.parameters()}
+        self._parking = Parking(self._weights, [model.vae, model.captioner], shared)
         self._prompts = Prompts(model, self._weights)
         self._path: Reference | Resident | None = None  # made by the first edit
         self._fingerprint: str | None = None
@@ -131,7 +141,9 @@ class Editor:
         Raises: ModelError for another kind of pipe, or one offloaded, quantised, compiled or with a LoRA; ValueError
             for the backend, the numerics, or a captioner without a processor
         """
-        return cls(model_from_pipe(pipe, captioner, processor), backend, numerics, memory_bytes)
+        model = model_from_pipe(pipe, captioner, processor)
+        theirs = [pipe.unet, pipe.vae, pipe.text_encoder, *([] if captioner is None else [captioner])]
+        return cls(model, backend, numerics, memory_bytes, shared_with=theirs)
 
     def caption(self, photo: Photo, target: str = "") -> str:
         """The captioner's words for a photo; prefixed 'A photo of ' if the target contains that (METHOD item 2).
@@ -323,6 +335,7 @@ class Editor:
         with self._turn(Progress(None, None)):
             if self._path is not None:
                 self._path.release()
+            self._parking.release()
 
     def stats(self) -> dict[str, Any]:
         """What this editor has measured so far, for JSON.
@@ -361,8 +374,11 @@ class Editor:
         return self._fingerprint
 
     def originals(self) -> dict[str, Tensor]:
-        """The original weights by name, prefixed 'unet.' or 'text_encoder.'; not to be written to."""
-        return self._weights.original
+        """The original weights by name, prefixed 'unet.' or 'text_encoder.'; not to be written to.
+
+        They may lie in host memory, while another thread learns a photo for want of the device's.
+        """
+        return dict(self._weights.original)
 
     def _caption(self, image: Image.Image, target: str) -> str:
         if self.model.captioner is None:
@@ -385,13 +401,22 @@ class Editor:
                 self._path = Reference(self.model, self._weights, self.backend, self._graphs)
             else:
                 self._weights.restore()
-                original = self._weights.original
-                self._path = Resident(self.model, original, self.numerics, self._told, self._graphs, self._memory_bytes)
+                on_gpu = self.model.alphas_cumprod.device.type == "cuda"
+                self._path = Resident(
+                    self.model,
+                    self._weights.original,
+                    self.numerics,
+                    self._told,
+                    self._graphs,
+                    self._memory_bytes,
+                    parking=self._parking if on_gpu else None,  # a CPU's memory is the host's
+                )
         return self._path
 
     def _restore(self) -> None:
         if self._path is not None:
             self._path.reset()
+        self._parking.restore()  # what a tune could not bring back, as the device was full
         self._weights.restore()
 
     @contextmanager

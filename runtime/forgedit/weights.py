@@ -40,6 +40,17 @@ class Weights:
             weight.data = self.original[name]
         self.changed = set() if names is None else self.changed.difference(names)
 
+    def place(self, name: str, value: Tensor) -> None:
+        """Let an original, and the working weight that shares its memory, lie in `value`, which is equal to it.
+
+        Of originals only the entry is replaced: whoever holds the tensor of before, in another thread, keeps it.
+        value: on any device
+        Raises: ValueError if the working weight has memory of its own
+        """
+        if name in self.changed:
+            raise ValueError(f"{name!r} is not its original now; restore it first")
+        self.original[name] = self.working[name].data = value
+
     def take(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The working weights of `names`, handed over without a copy; all working weights are the originals again."""
         taken = {name: self.working[name].data for name in names}

@@ -23,6 +23,7 @@ from torch.nn.functional import mse_loss
 
 from forgedit.config import TuneConfig
 from forgedit.engine.graphs import GraphCache
+from forgedit.engine.parking import HOST
 from forgedit.engine.tune_inputs import Learned, TuneInputs, draw
 from forgedit.engine.tune_plan import Way
 from forgedit.errors import TuneDiverged
@@ -145,12 +146,15 @@ class Learner:
         if not all(map(math.isfinite, values)):
             bad = next(index for index, value in enumerate(values) if not math.isfinite(value))
             raise TuneDiverged(f"the loss became {values[bad]} at step {bad} of {steps}; lower unet_lr")
-        tuned = {f"unet.{name}": w.clone(memory_format=torch.contiguous_format) for name, w in self._masters.items()}
+        learned = {f"unet.{name}": w for name, w in self._masters.items()}
         if self._text is not None:
-            tuned |= {f"text_encoder.{name}": w.detach().clone() for name, w in self._text.named_parameters()}
+            learned |= {f"text_encoder.{name}": w.detach() for name, w in self._text.named_parameters()}
+        place = HOST if self.way.parked else self.unet.device
+        own = partial(Tensor.to, device=place, copy=True, memory_format=torch.contiguous_format)
         with torch.no_grad():
             source = self._source().detach().clone()
-        return Learned(source, {name: tuned[name] for name in self._names}, tuple(values), stopped_early, str(self.way))
+        tuned = {name: own(learned[name]) for name in self._names}
+        return Learned(source, tuned, tuple(values), stopped_early, str(self.way))
 
     def _begin(self, embedding: Tensor, token_ids: Tensor) -> None:
         """Everything as before the first step."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from forgedit.config import EditConfig
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import NUMERICS
+from forgedit.engine.parking import Parking
 from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling
 from forgedit.engine.sampler import Sampler, Schedule, ddim_schedule, solver_schedule
 from forgedit.engine.tune_inputs import Learned, TuneInputs
@@ -36,6 +37,7 @@ class Resident:
     numerics: of NUMERICS, but 'reference'; backend: of forgedit_kernels, for every op that has it
     graphs: keeps what is captured
     memory_bytes: that the process may hold on the device; None for all there is, on a CPU for a fixed batch
+    parking: of the model's weights, while a photo is learned; None never parks
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class Resident:
         backend: str,
         graphs: GraphCache,
         memory_bytes: int | None = None,
+        parking: Parking | None = None,
     ) -> None:
         self._model, self._backend, self._dtype = model, backend, NUMERICS[numerics]
         self._unet, self._weights = lay_out(model.unet, self._dtype, original, backend)
-        self._tuner = Tuner(model, original, numerics, self._unet, self._weights, backend, memory_bytes)
+        self._tuner = Tuner(model, original, numerics, self._unet, self._weights, backend, memory_bytes, parking)
         self.graphs = graphs
         self._sampler = Sampler(self._unet, graphs, backend)
         self._schedules: dict[tuple[str, int], Schedule] = {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forgedit.config import TuneConfig
 from forgedit.engine.learner import DTYPES, Learner
+from forgedit.engine.parking import Parking
 from forgedit.engine.plan import device_budget, show_bytes
 from forgedit.engine.tune_inputs import Learned, TuneInputs
 from forgedit.engine.tune_plan import MODES, PassCost, Way, choose_way, ladder, predicted_bytes
@@ -28,6 +31,7 @@ class Tuner:
     original: float32 weights by name, prefixed; numerics: of the editor, whose mode 'auto' follows
     unet, weights: what edits are sampled on, trained too where a mode computes in its dtype
     backend: of forgedit_kernels, for every op that has it; memory_bytes: as the editor's
+    parking: of the model's weights; None where nothing is ever parked
     """
 
     def __init__(
@@ -39,8 +43,9 @@ class Tuner:
         weights: ResidentWeights,
         backend: str,
         memory_bytes: int | None = None,
+        parking: Parking | None = None,
     ) -> None:
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._parking = memory_bytes, parking
         self._model, self._original, self._backend = model, original, backend
         self._mode = "exact" if numerics == "exact" else "fast"
         self._unets = {unet.dtype: (unet, weights)}
@@ -49,6 +54,7 @@ class Tuner:
         self._passes: dict[object, PassCost] = {}
         self._planned: dict[object, Way] = {}
         self.way: Way | None = None  # of the last photo
+        self.predicted: int | None = None  # bytes at most, of the last plan
 
     def learn(self, inputs: TuneInputs) -> Learned:
         """As Learner.learn, by the way that config.mode and config.memory_bytes, or the device's memory, allow.
@@ -58,7 +64,7 @@ class Tuner:
         Raises: TuneDiverged; RuntimeError if no way fits
         """
         config, latents = inputs.config, inputs.latents
-        ways, start, retried = self._ways(config), inputs.generator.get_state(), False
+        ways, start, retried = self._ways(inputs), inputs.generator.get_state(), False
         given = config.memory_bytes or self._memory_bytes
         budget = given or device_budget(latents.device)
         # planned once, as what the first photo left behind would count against the second
@@ -70,13 +76,14 @@ class Tuner:
         while True:
             inputs.generator.set_state(start)
             try:
-                return self._prepare(way, inputs).learn(inputs)
+                with self._room(way, inputs):
+                    return self._prepare(way, inputs).learn(inputs)
             except TuneDiverged as error:
                 safer = MODES[max(MODES.index(way.mode) - 1, 0)]
                 if retried or safer == way.mode or config.mode != "auto":
                     raise
                 log.warning("mode %s diverged (%s); once more in mode %s", way.mode, error, safer)
-                way, retried = Way(safer, way.micro_batch, way.checkpointing), True
+                way, retried = replace(way, mode=safer), True
                 self.release()
             except torch.OutOfMemoryError:
                 smaller = ways[ways.index(way) + 1 :] if way in ways else []
@@ -90,9 +97,28 @@ class Tuner:
                 way = self._planned[plan] = smaller[0]
 
     def release(self) -> None:
-        """Let go of everything that only tuning needs."""
+        """Let go of everything on the device that only tuning needs."""
         self._drop_learner()
         self._drop_unets(but=self._shared.dtype)
+
+    @contextmanager
+    def _room(self, way: Way, inputs: TuneInputs) -> Iterator[None]:
+        """Where the way says so, what is not learned is in host memory, and back when this ends, however it does."""
+        if self._parking is None or not way.parked:
+            yield
+            return
+        for _, weights in self._unets.values():
+            weights.forget_plans()  # they hold the originals
+        try:
+            self._parking.park(but=_stays(inputs))
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the learner, whose room is needed below
+            raise
+        finally:
+            self._drop_learner()
+            self._empty_cache()
+            self._parking.restore()
 
     def _drop_learner(self) -> None:
         self._learner = None
@@ -103,14 +129,21 @@ class Tuner:
     def _drop_unets(self, but: torch.dtype) -> None:
         """All but the shared one, and the one of this dtype."""
         self._unets = {dtype: self._unets[dtype] for dtype in self._unets if dtype in (but, self._shared.dtype)}
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
         if self._shared.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _ways(self, config: TuneConfig) -> list[Way]:
+    def _ways(self, inputs: TuneInputs) -> list[Way]:
         """The ladder down from the mode asked for; without a budget only its top is looked at."""
-        if config.mode != "auto":
-            return list(ladder([config.mode], config.batch_size))
-        return list(ladder(MODES[MODES.index(self._mode) :], config.batch_size))
+        config = inputs.config
+        modes = MODES[MODES.index(self._mode) :] if config.mode == "auto" else [config.mode]
+        return list(ladder(modes, config.batch_size, self._parkable(inputs) > 0))
+
+    def _parkable(self, inputs: TuneInputs) -> int:
+        """Bytes."""
+        return 0 if self._parking is None else self._parking.num_bytes(_stays(inputs))
 
     def _plan(self, ways: Sequence[Way], inputs: TuneInputs, budget: int) -> Way:
         self.release()  # its memory is there to be planned with
@@ -124,12 +157,19 @@ class Tuner:
             held = sum(w.nbytes for part in parts if part is not None for w in part.parameters())
             held += size * self._shared.dtype.itemsize
 
-        def predict(way: Way) -> int:
-            laid_out = 0 if DTYPES[way.mode] == self._shared.dtype else size * DTYPES[way.mode].itemsize
-            passing = self._pass_cost(way, inputs)
-            return held + laid_out + predicted_bytes(way, trained, config, latents[0].numel(), passing)
+        parkable = self._parkable(inputs)
 
-        way, needed = choose_way(iter(ways), predict, budget)
+        def predict(way: Way, passing: PassCost | None = None) -> int:
+            laid_out = 0 if DTYPES[way.mode] == self._shared.dtype else size * DTYPES[way.mode].itemsize
+            passing = passing or self._pass_cost(way, inputs)
+            return predicted_bytes(
+                way, trained, config, latents[0].numel(), passing, held=held + laid_out, parkable=parkable
+            )
+
+        # a way that does not fit even without a pass is not tried where a parked one follows: measuring takes room too
+        hopeful = (way for way in ways if way.parked or not parkable or predict(way, PassCost(0, 0, 0.0)) <= budget)
+        way, needed = choose_way(hopeful, predict, budget)
+        self.predicted = needed
         self._drop_unets(but=DTYPES[way.mode])  # what only ways that do not fit would have needed
         rows = config.num_steps * config.batch_size
         seconds = rows * self._pass_cost(way, inputs).row_seconds
@@ -141,33 +181,37 @@ class Tuner:
 
     def _pass_cost(self, way: Way, inputs: TuneInputs) -> PassCost:
         """Measured once for each dtype, size and way of checkpointing; gradients of weights are let go at once."""
-        latents = inputs.latents
-        key = (DTYPES[way.mode], way.checkpointing, latents.shape[1:], tuple(inputs.names))
+        key = (DTYPES[way.mode], way.checkpointing, inputs.latents.shape[1:], tuple(inputs.names))
         if key not in self._passes:
-            unet, _ = self._unet(DTYPES[way.mode])
-            mine = {name.removeprefix("unet.") for name in inputs.names}
-            leaves = [leaf.tensor for leaf in unet.leaves_of(mine)]
-            source = inputs.embedding.detach().clone().requires_grad_()
-
-            def run(rows: int) -> None:
-                noisy = latents.expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
-                timesteps = torch.zeros(rows, dtype=torch.int64, device=unet.device)
-                unet.predict(noisy, timesteps, source).float().square().mean().backward()
-
-            hooks = [leaf.requires_grad_().register_post_accumulate_grad_hook(_let_go) for leaf in leaves]
-            unet.checkpointing = way.checkpointing
-            try:
-                self._passes[key] = PassCost.measured(run, unet.device)
-            finally:
-                unet.checkpointing = False
-                for leaf, hook in zip(leaves, hooks, strict=True):
-                    hook.remove()
-                    leaf.requires_grad_(False)
+            with self._room(way, inputs):
+                self._passes[key] = self._measured(way, inputs)
         return self._passes[key]
+
+    def _measured(self, way: Way, inputs: TuneInputs) -> PassCost:
+        unet, _ = self._unet(DTYPES[way.mode])
+        mine = {name.removeprefix("unet.") for name in inputs.names}
+        leaves = [leaf.tensor for leaf in unet.leaves_of(mine)]
+        source = inputs.embedding.detach().clone().requires_grad_()
+
+        def run(rows: int) -> None:
+            noisy = inputs.latents.expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
+            timesteps = torch.zeros(rows, dtype=torch.int64, device=unet.device)
+            unet.predict(noisy, timesteps, source).float().square().mean().backward()
+
+        hooks = [leaf.requires_grad_().register_post_accumulate_grad_hook(_let_go) for leaf in leaves]
+        unet.checkpointing = way.checkpointing
+        try:
+            return PassCost.measured(run, unet.device)
+        finally:
+            unet.checkpointing = False
+            for leaf, hook in zip(leaves, hooks, strict=True):
+                hook.remove()
+                leaf.requires_grad_(False)
 
     def _unet(self, dtype: torch.dtype) -> tuple[FusedUNet, ResidentWeights]:
         if dtype not in self._unets:
-            self._unets[dtype] = lay_out(self._model.unet, dtype, self._original, self._backend)
+            device = self._shared.device  # the model's UNet may be parked now
+            self._unets[dtype] = lay_out(self._model.unet, dtype, self._original, self._backend, device)
         return self._unets[dtype]
 
     def _prepare(self, way: Way, inputs: TuneInputs) -> Learner:
@@ -185,6 +229,11 @@ class Tuner:
         weights.expect_writes(name for name in names if name.startswith("unet."))
         self.way = way
         return self._learner[1]
+
+
+def _stays(inputs: TuneInputs) -> tuple[str, ...]:
+    """How the names of weights begin that are not parked: the text encoder where a copy of it is trained."""
+    return ("text_encoder.",) if any(name.startswith("text_encoder.") for name in inputs.names) else ()
 
 
 def _let_go(tensor: Tensor) -> None:

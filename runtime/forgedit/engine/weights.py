@@ -20,17 +20,21 @@ UNKNOWN = object()  # what a weight holds while it is written; equal to nothing
 
 @dataclass(frozen=True)
 class _Kept:
-    """A merge listed before. names: in the plan's order; addresses: of its tuned tensors' storage then"""
+    """A merge listed before. names: in the plan's order; addresses: of its tuned tensors' storage then
 
+    original: by name, where an entry may have been replaced since
+    """
+
+    original: Mapping[str, Tensor]
     names: Sequence[str]
     plan: MergePlan
     addresses: Sequence[int]
 
-    def is_of(self, original: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> bool:
+    def is_of(self, tuned: Mapping[str, Tensor]) -> bool:
         """Whether it would still merge these tensors: the same ones, where they were."""
         listed = zip(self.names, self.plan.original, self.plan.tuned, self.addresses, strict=True)
         return all(
-            original[name] is before and tuned[name] is weight and weight.data_ptr() == address
+            self.original[name] is before and tuned[name] is weight and weight.data_ptr() == address
             for name, before, weight, address in listed
         )
 
@@ -118,10 +122,10 @@ class ResidentWeights:
         plans = {} if of is None else self._plans.setdefault(of, {})
         key = frozenset(names)
         kept = plans.pop(key, None)
-        if kept is None or not kept.is_of(self._original, tuned):
+        if kept is None or not kept.is_of(tuned):
             sides = ([side[name] for name in names] for side in (self._original, tuned, self._resident))
             plan = MergePlan(*sides, backend=self._backend)
-            kept = _Kept(names, plan, [weight.data_ptr() for weight in plan.tuned])
+            kept = _Kept(self._original, names, plan, [weight.data_ptr() for weight in plan.tuned])
         if len(plans) == MOST_PLANS:
             del plans[next(iter(plans))]  # the one not used longest
         plans[key] = kept
