@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forgedit_kernels.adam_triton import COPIES, GRADIENTS, adam_change, adam_moments, tl_dtype
+from forgedit_kernels.adam_triton import adam_change, adam_moments, adam_work, shipped
 from forgedit_kernels.jit import Variant, jit, tl
 
 ROWS, TILES, WARPS = 4, 8, 8  # blocks a tile, tiles a program
@@ -99,22 +99,14 @@ def adam8bit_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
 ):
     """One program updates TILES tiles of ROWS blocks of one tensor; otherwise as adam.py's."""
-    block_ptr = blocks_ptr + 2 * (first_block + tl.program_id(0)).to(tl.int64)
-    tensor = tl.load(block_ptr).to(tl.int64)
-    tensor_ptr = table_ptr + 8 * tensor
-    g_address = tl.where(gradient == 0, tl.load(tensor_ptr + 1), gradient)
-    g_ptr = tl.multiple_of(g_address.to(tl.pointer_type(GRADIENT)), ALIGN)
-    p_ptr = tl.multiple_of(tl.load(tensor_ptr).to(tl.pointer_type(tl.float32)), ALIGN)
+    tensor_ptr, p_ptr, g_ptr, copy_ptr, count, block, size, root = adam_work(
+        table_ptr, blocks_ptr, scales_ptr, gradient, first_block, 8, GRADIENT, COPY, ALIGN
+    )
     m_ptr = tl.multiple_of(tl.load(tensor_ptr + 2).to(tl.pointer_type(tl.uint8)), ALIGN)
     v_ptr = tl.multiple_of(tl.load(tensor_ptr + 3).to(tl.pointer_type(tl.uint8)), ALIGN)
     m_largest_ptr = tl.load(tensor_ptr + 4).to(tl.pointer_type(tl.float32))
     v_largest_ptr = tl.load(tensor_ptr + 5).to(tl.pointer_type(tl.float32))
-    copy_type = tl.pointer_type(tl.uint8 if COPY is None else COPY)
-    copy_ptr = tl.multiple_of(tl.load(tensor_ptr + 6).to(copy_type), ALIGN)
-    count = tl.load(tensor_ptr + 7)
-    root = tl.load(scales_ptr).to(tl.float32)
-    size = tl.load(scales_ptr + 1 + tensor).to(tl.float32)
-    start = tl.load(block_ptr + 1).to(tl.int64) * (TILES * ROWS * 256)
+    start = block * (TILES * ROWS * 256)
     for first in range(start, tl.minimum(start + TILES * ROWS * 256, count), ROWS * 256):
         p, g, m, v, copy = p_ptr + first, g_ptr + first, m_ptr + first, v_ptr + first, copy_ptr + first
         m_largest, v_largest = m_largest_ptr + first // 256, v_largest_ptr + first // 256
@@ -133,20 +125,6 @@ def adam8bit_kernel(  # type: ignore[no-untyped-def]
 
 
 def variants() -> list[Variant]:
-    """The shipped configurations: gradients in float32 and bfloat16, without a copy and with one."""
+    """See adam_triton.shipped."""
     maps = {f"{name}_{part}_ptr": "*fp32" for name in ("m", "v") for part in ("values", "midpoints")}
-    signature = {"table_ptr": "*i64", "blocks_ptr": "*i32", "scales_ptr": "*fp64", **maps, "gradient": "i64"}
-    signature |= {"first_block": "i32", "new1": "fp32", "keep2": "fp32", "new2": "fp32", "eps": "fp32"}
-    signature |= {"least": "fp32"}
-    sizes = {"ALIGN": 16, "ROWS": ROWS, "TILES": TILES}
-    return [
-        Variant(
-            name=f"adam8bit {str(g)[6:]} gradient, {str(c)[6:] if c else 'no'} copy",
-            kernel=adam8bit_kernel,
-            signature=signature,
-            constexprs={"GRADIENT": tl_dtype(g), "COPY": tl_dtype(c), **sizes},
-            num_warps=WARPS,
-        )
-        for g in GRADIENTS
-        for c in ((None, *COPIES) if tl else ())
-    ]
+    return shipped("adam8bit", adam8bit_kernel, maps | {"least": "fp32"}, {"ROWS": ROWS, "TILES": TILES}, WARPS)
