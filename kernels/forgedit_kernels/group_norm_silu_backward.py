@@ -39,6 +39,30 @@ def _before_silu(dy, normed, weight, bias, SILU: tl.constexpr):  # type: ignore[
 
 
 @jit
+def _by_channel(  # type: ignore[no-untyped-def]
+    weight_ptr, bias_ptr, shift_ptr, stats_ptr, c, row, picture, group_channels, groups, shift_stride
+):  # fmt: skip
+    """weight, bias, mean - shift and rstd of a picture's channels c; row: where there is one."""
+    weight = tl.load(weight_ptr + c, mask=row, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=row, other=0.0).to(tl.float32)
+    stats_ptr += picture * 2 * groups + c // group_channels
+    center = tl.load(stats_ptr, mask=row, other=0.0)
+    rstd = tl.load(stats_ptr + groups, mask=row, other=0.0)
+    if shift_ptr is not None:
+        center -= tl.load(shift_ptr + picture * shift_stride + c, mask=row, other=0.0).to(tl.float32)
+    return weight, bias, center, rstd
+
+
+@jit
+def _tile(x_ptrs, dy_ptrs, mask, weight, bias, center, rstd, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """n and dz of a tile of pixels and channels; the others as _by_channel gives them."""
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+    normed = (x - center[None, :]) * rstd[None, :]
+    return normed, _before_silu(dy, normed, weight, bias, SILU)
+
+
+@jit
 def _group_bwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr, dy_ptr, weight_ptr, bias_ptr, shift_ptr, stats_ptr, dx_ptr, dshift_ptr, sums_ptr, pixels, channels, groups,
     pixel_stride, channel_stride, shift_stride,
@@ -102,13 +126,9 @@ def _sums_bwd_kernel(  # type: ignore[no-untyped-def]
     group_channels = channels // groups
     c = tl.arange(0, ROW)
     row = c < channels
-    weight = tl.load(weight_ptr + c, mask=row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=row, other=0.0).to(tl.float32)
-    stats_ptr += picture * 2 * groups + c // group_channels
-    center = tl.load(stats_ptr, mask=row, other=0.0)
-    rstd = tl.load(stats_ptr + groups, mask=row, other=0.0)
-    if shift_ptr is not None:
-        center -= tl.load(shift_ptr + picture * shift_stride + c, mask=row, other=0.0).to(tl.float32)
+    weight, bias, center, rstd = _by_channel(
+        weight_ptr, bias_ptr, shift_ptr, stats_ptr, c, row, picture, group_channels, groups, shift_stride
+    )
     # each place of the tile keeps its own sums, so that the loop needs none across threads
     total = tl.zeros([PIXELS, ROW], tl.float32)
     along = tl.zeros([PIXELS, ROW], tl.float32)
@@ -118,10 +138,7 @@ def _sums_bwd_kernel(  # type: ignore[no-untyped-def]
         p = start + tl.arange(0, PIXELS)[:, None]
         mask = (p < last) & row[None, :]
         offsets = picture * pixels * channels + p.to(tl.int64) * pixel_stride + c[None, :] * channel_stride
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        normed = (x - center[None, :]) * rstd[None, :]
-        dz = _before_silu(dy, normed, weight, bias, SILU)
+        normed, dz = _tile(x_ptr + offsets, dy_ptr + offsets, mask, weight, bias, center, rstd, SILU)
         total += dz
         along += dz * normed
     by_channel, along_channel = tl.sum(total, 0), tl.sum(along, 0)
@@ -169,13 +186,9 @@ def _inputs_bwd_kernel(  # type: ignore[no-untyped-def]
     index = tl.minimum(c // group_channels, GROUPS - 1)
     mean = tl.gather(mean, index, 0)
     mean_along = tl.gather(mean_along, index, 0)
-    weight = tl.load(weight_ptr + c, mask=row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=row, other=0.0).to(tl.float32)
-    stats_ptr += picture * 2 * groups + c // group_channels
-    center = tl.load(stats_ptr, mask=row, other=0.0)
-    rstd = tl.load(stats_ptr + groups, mask=row, other=0.0)
-    if shift_ptr is not None:
-        center -= tl.load(shift_ptr + picture * shift_stride + c, mask=row, other=0.0).to(tl.float32)
+    weight, bias, center, rstd = _by_channel(
+        weight_ptr, bias_ptr, shift_ptr, stats_ptr, c, row, picture, group_channels, groups, shift_stride
+    )
     total = tl.zeros([PIXELS, ROW], tl.float32)
     first = part * part_pixels
     last = tl.minimum(first + part_pixels, pixels)
@@ -183,10 +196,7 @@ def _inputs_bwd_kernel(  # type: ignore[no-untyped-def]
         p = start + tl.arange(0, PIXELS)[:, None]
         mask = (p < last) & row[None, :]
         offsets = picture * pixels * channels + p.to(tl.int64) * pixel_stride + c[None, :] * channel_stride
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        normed = (x - center[None, :]) * rstd[None, :]
-        dz = _before_silu(dy, normed, weight, bias, SILU)
+        normed, dz = _tile(x_ptr + offsets, dy_ptr + offsets, mask, weight, bias, center, rstd, SILU)
         dx = dz * (weight * rstd)[None, :] - (normed * mean_along[None, :] + mean[None, :]) * rstd[None, :]
         if dx_ptr is not None:
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
