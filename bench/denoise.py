@@ -7,9 +7,7 @@ busy machine slows all of them; medians are compared. What is farther from the r
 gets no number.
 """
 
-import argparse
 import copy
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,13 +19,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from bench import subject as subjects
-from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize
+from bench.measure import Row, check, first_run, peak_bytes, reset_peak, summarize, timed
+from bench.program import parse, parser_of, write
 from bench.subject import Subject
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import true_float32
 from forgedit.engine.sampler import Sampler, ddim_schedule
 from forgedit.model.fuse import FusedUNet
-from forgedit.progress import wait
 from forgedit.stages.sample import ddim_step, ddim_timesteps
 
 BASELINE = "diffusers"
@@ -199,11 +197,7 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None) -> list
         key = name, dtype
         with true_float32() if dtype == torch.float32 else nullcontext():
             reset_peak(device)
-            start = time.perf_counter()
-            runs[key] = make()
-            made = runs[key]()
-            wait(device)
-            cold[key] = time.perf_counter() - start
+            runs[key], made, cold[key] = first_run(make, device)
             peaks[key] = peak_bytes(device)
         distance = ((made.double() - truth.double()).norm() / truth.double().norm()).item()
         errors[key] = check(f"{name} {dtype}", distance, ALLOWED[dtype])
@@ -211,11 +205,7 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None) -> list
     for _ in range(rounds):
         for (name, dtype), run in runs.items():
             with true_float32() if dtype == torch.float32 else nullcontext():
-                wait(device)
-                start = time.perf_counter()
-                run()
-                wait(device)
-            seconds[name, dtype].append(time.perf_counter() - start)
+                seconds[name, dtype].append(timed(run, device))
     timings = {key: summarize(cold[key], seconds[key], peaks[key]) for key in runs}
     base = timings[BASELINE, torch.float32].p50_s
     return [
@@ -237,28 +227,17 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("bundled", "sd14"), default="bundled")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = parser_of(__doc__, "denoise", models=True)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     parser.add_argument("--only", help="variants whose name holds this, and the baseline")
-    parser.add_argument("--dry", action="store_true", help="print, and write no row")
-    parser.add_argument("--results", help="folder of denoise.jsonl (default bench/results)")
-    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     subject = getattr(subjects, args.model)(args.device)
     for row in measure(subject, task_of(subject, args.steps), args.rounds, args.only):
         timing = row.timing
-        print(
-            f"{row.backend:36} {row.dtype:9} {timing.p50_s:8.3f} s, {row.faster:5.2f} times {BASELINE}, "
-            f"cold {timing.first_s:7.2f} s, error {row.error:.1e}",
-            flush=True,
-        )
-        if not args.dry:
-            append("denoise", row, subject.device, args.results, args.commit)
+        words = f"{row.backend:36} {row.dtype:9} {timing.p50_s:8.3f} s, {row.faster:5.2f} times {BASELINE}, "
+        words += f"cold {timing.first_s:7.2f} s, error {row.error:.1e}"
+        write("denoise", row, words, subject.device, args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ The baseline is upstream's arithmetic and order: diffusers' modules in float32, 
 strategy, one picture at a time. What is farther from the reference path than its precision allows gets no number.
 """
 
-import argparse
 import copy
 import gc
 import itertools
@@ -37,7 +36,8 @@ from torch import Tensor
 
 from bench import subject as subjects
 from bench.denoise import ALLOWED, Run, diffusers_loop, task_of
-from bench.measure import Row, Timing, append, check, peak_bytes, reset_peak, summarize, time_calls
+from bench.measure import Row, Timing, check, peak_bytes, reset_peak, summarize, time_calls
+from bench.program import parse, parser_of, write
 from bench.sd14 import save_model
 from bench.subject import Subject
 from forgedit import EditConfig, Session, StepEvent, SweepConfig
@@ -275,20 +275,13 @@ def measure(bench: Bench, numerics: list[str]) -> Iterator[EditRow]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("bundled", "sd14"), default="bundled")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = parser_of(__doc__, "edit", models=True)
     parser.add_argument("--numerics", default="exact,fast", help="of the engine, comma-separated")
     parser.add_argument("--only", choices=OPS, help="this op alone")
     parser.add_argument("--steps", type=int, help="of an edit (default: as the model recommends)")
     parser.add_argument("--pictures", type=int, default=68, help="of the sweep, a multiple of 4")
     parser.add_argument("--calls", type=int, default=5, help="timed, warm (at least 2); long ones twice")
-    parser.add_argument("--dry", action="store_true", help="print, and write no row")
-    parser.add_argument("--results", help="folder of edit.jsonl (default bench/results)")
-    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     make = partial(getattr(subjects, args.model), args.device)
     config = make("reference").editor.defaults.edit
     config = replace(config, strategy="encoderattn", num_steps=args.steps or config.num_steps)
@@ -296,13 +289,9 @@ def main() -> None:
     bench = Bench(make, config, args.pictures, args.calls, 2, ops)
     for row in measure(bench, args.numerics.split(",")):
         timing, peak = row.timing, (row.timing.peak_bytes or 0) / 1e9
-        print(
-            f"{row.op:14} {row.backend:12} {timing.p50_s:9.4f} s, first {timing.first_s:8.3f} s, "
-            f"{row.amount / timing.p50_s:8.2f} a second, error {row.error:.1e}, {peak:.2f} GB",
-            flush=True,
-        )
-        if not args.dry:
-            append("edit", row, torch.device(args.device), args.results, args.commit)
+        words = f"{row.op:14} {row.backend:12} {timing.p50_s:9.4f} s, first {timing.first_s:8.3f} s, "
+        words += f"{row.amount / timing.p50_s:8.2f} a second, error {row.error:.1e}, {peak:.2f} GB"
+        write("edit", row, words, torch.device(args.device), args)
 
 
 if __name__ == "__main__":

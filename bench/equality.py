@@ -5,7 +5,6 @@ measured by its final latents. 'fast' and 'fast-float16' are measured by their p
 diffusers loop in the same precision over the same weights: the engine may be at most half a decibel worse.
 """
 
-import argparse
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from PIL import Image
 
 from bench import subject as subjects
 from bench.denoise import Task, diffusers_loop
-from bench.measure import RESULTS, append_line
+from bench.program import parse, parser_of, write_lines
 from forgedit import EditConfig, Editor, Session
 from forgedit.engine.numerics import NUMERICS
 from forgedit.quality.metrics import psnr, ssim
@@ -83,26 +82,16 @@ def lines(editor_for: Callable[[str], Editor], photo: Image.Image, target: str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = parser_of(__doc__, "equality")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", help="folder of equality.jsonl (default bench/results)")
-    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     subject = subjects.bundled(args.device)
 
     def editor_for(numerics: str) -> Editor:
         return Editor.from_pretrained("bundled", device=args.device, numerics=numerics)
 
-    failed = []
-    for line in lines(editor_for, subject.photo, subject.target, args.seeds):
-        print(line, flush=True)
-        append_line("equality", {"model": "bundled", **line}, subject.device, args.results or RESULTS, args.commit)
-        failed += [] if line["met"] else [line["backend"]]
-    if failed:
-        raise SystemExit(f"not equal enough: {', '.join(failed)}")
+    made = lines(editor_for, subject.photo, subject.target, args.seeds)
+    write_lines("equality", made, subject.device, args, "not equal enough")
 
 
 if __name__ == "__main__":

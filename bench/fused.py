@@ -9,12 +9,11 @@ dtype and a floor; of outputs and gradients together, each error as a share of i
 it gets no number; if it is ours, the status is 1.
 """
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from bench.fused_cases import OURS, Case, Make, find_cases, optimizer_cases
-from bench.measure import Row, Timing, append, peak_bytes, reset_peak, summarize
+from bench.measure import Row, Timing, append, first_run, peak_bytes, reset_peak, summarize
+from bench.program import parse, parser_of
 from bench.sd14 import UNET
 from forgedit.autotune import call_seconds
 from forgedit.engine.numerics import true_float32
 from forgedit.model.load import BUNDLED
 from forgedit.profile.roofline import Roofline, measure_roofline
-from forgedit.progress import wait
 from forgedit_kernels.jit import interpreted
 
 FLOORS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}
@@ -87,12 +86,7 @@ def _time(
     make: Make, inputs: list[Tensor], truth: Sequence[Tensor], allowed: float, device: torch.device
 ) -> tuple[Timing, float]:
     """Seconds and the largest absolute error. Raises: Wrong if a relative one is over the allowed"""
-    wait(device)
-    start = time.perf_counter()
-    call = make(inputs)
-    results = call()
-    wait(device)
-    first_s = time.perf_counter() - start
+    call, results, first_s = first_run(partial(make, inputs), device)
     error, relative = _errors(results, truth)
     if not relative <= allowed:
         raise Wrong(f"error {relative:.3g} of the largest value, allowed {allowed:.3g}")
@@ -136,18 +130,11 @@ def report(case: Case, measured: Measured) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 1 if a way of ours was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("bundled", "sd14"), default="bundled")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = parser_of(__doc__, "fused", models=True)
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--only", help="the op of this name alone")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too, in the first dtype; takes minutes")
-    parser.add_argument("--dry", action="store_true", help="print, and write no row")
-    parser.add_argument("--results", help="folder of fused.jsonl (default bench/results)")
-    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    args = parse(parser, argv)
     device = torch.device(args.device)
     cases = list(cases_of(unet_of(args.model), [getattr(torch, name) for name in args.dtypes], args.compiled))
     chosen = [case for case in cases if args.only in (None, case.op)]

@@ -6,7 +6,6 @@ relative to what that learned, and the PSNR of one edit with them against the ed
 the plain path. 'fast' may be at most 1.1 times as far as autocast.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 
 from bench import subject as subjects
-from bench.measure import RESULTS, append_line
+from bench.program import parse, parser_of, write_lines
 from bench.subject import Subject
 from bench.tune import SOURCE, Learned, Task, autocast_loop, distance, engine, plain_loop, task_of
 from forgedit.engine.numerics import true_float32
@@ -63,23 +62,13 @@ def lines(subject: Subject, task: Task, seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = parser_of(__doc__, "learned")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", help="folder of learned.jsonl (default bench/results)")
-    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     subject = subjects.bundled(args.device)
-    failed = []
-    for line in lines(subject, task_of(subject, args.steps), args.seeds):
-        print(line, flush=True)
-        append_line("learned", {"model": "bundled", **line}, subject.device, args.results or RESULTS, args.commit)
-        failed += [line["backend"]] if line["met"] is False else []
-    if failed:
-        raise SystemExit(f"too far from float32: {', '.join(failed)}")
+    made = lines(subject, task_of(subject, args.steps), args.seeds)
+    write_lines("learned", made, subject.device, args, "too far from float32")
 
 
 if __name__ == "__main__":

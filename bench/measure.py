@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from forgedit.progress import wait
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,27 @@ def time_calls(call: Callable[[], object], device: torch.device, warmup: int = 2
     for index in range(1 + warmup + calls):
         if index == 1 + warmup:
             reset_peak(device)
-        wait(device)
-        start = time.perf_counter()
-        call()
-        wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timed(call, device))
     return summarize(seconds[0], seconds[1 + warmup :], peak_bytes(device))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def first_run(make: Callable[[], Callable[[], T]], device: torch.device) -> tuple[Callable[[], T], T, float]:
+    """What `make` makes, what that gives when called for the first time, and the seconds of both."""
+    wait(device)
+    start = time.perf_counter()
+    run = make()
+    made = run()
+    wait(device)
+    return run, made, time.perf_counter() - start
 
 
 def summarize(first_s: float, warm: Sequence[float], peak: int | None) -> Timing:

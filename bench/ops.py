@@ -4,7 +4,6 @@ merge_weights: our native module and our reference against torch's `_foreach` fu
 group_norm_silu training: forward pass and all gradients, against torch's own ops on the same channels-last data.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch.nn.functional import group_norm, silu
 
 from bench.measure import Row, append, check, time_calls
+from bench.program import plain_parser
 from forgedit_kernels import available_backends, group_norm_silu, merge_weights, merge_weights_reference
 
 CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def bench_group_norm_silu(threads: int, bandwidth: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure (default 1 2)")
     for threads in parser.parse_args().threads:
         torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ sessions.png        size of a saved session against PSNR of its edits
 merge_weights.png   the forgetting merge by backend
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.measure import RESULTS, ROOT
+from bench.program import plain_parser
 from bench.rows import in_words, newest_runs, one_edit, origin, read, seconds_of
 
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a1f", "#6b7280"
@@ -133,7 +133,7 @@ def save(out: Path, results: Path = RESULTS) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     args = parser.parse_args()

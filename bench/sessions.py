@@ -7,7 +7,6 @@ row, nor does what comes after it. How near an edit is to the picture it should 
 rounding costs can be seen beside what the method leaves to wish for.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bench.measure import RESULTS, Row, append, check, time_calls
+from bench.measure import Row, check, time_calls
+from bench.program import parse, parser_of, write
 from bench.world.evaluate import held_out_pairs
 from forgedit import EditConfig, Editor, TuneConfig
 from forgedit.delta import DELTA_FORMATS
@@ -80,23 +80,20 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "sessions", device=False)
     parser.add_argument("--model", default="bundled", help="'bundled' or a folder in diffusers' layout")
     parser.add_argument("--pairs", type=int, default=10, help="held-out scenes, a multiple of the kinds of edit")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of sessions.jsonl")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     editor = Editor.from_pretrained(args.model)
     pairs = held_out_pairs(args.pairs, args.seed)
     photos, truths = (to_images(render(scenes)[0]) for scenes in (pairs.source, pairs.target))
     for photo, target, truth in zip(photos, captions(pairs.target), truths, strict=True):
         for row in measure(editor, photo, target, truth=truth):
-            append("sessions", row, torch.device("cpu"), args.results)
             distance = "equal" if row.edit_psnr is None else f"{row.edit_psnr:.1f} dB"
             near = f"{row.true_psnr:.1f} dB to the truth"
-            print(f"{row.case} {row.dtype:5} {row.num_bytes:11,} bytes {row.error:9.2g} {distance}, {near}", flush=True)
+            words = f"{row.case} {row.dtype:5} {row.num_bytes:11,} bytes {row.error:9.2g} {distance}, {near}"
+            write("sessions", row, words, torch.device("cpu"), args)
 
 
 if __name__ == "__main__":

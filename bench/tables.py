@@ -1,7 +1,6 @@
 """The tables of the README and of the bundled model's card, made from the rows: `python -m bench.tables` rewrites what
 stands between their markers, `<!-- table: NAME -->` and `<!-- end of table -->`, each on a line of its own."""
 
-import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure import RESULTS, ROOT
+from bench.program import plain_parser
 from bench.rows import Rows, in_words, newest_runs, one_edit, origin, read, seconds_of
 
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -261,7 +261,7 @@ def _table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("files", type=Path, nargs="*", default=FILES)
     for path in parser.parse_args().files:
         path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -8,10 +8,8 @@ learned lies from what the plain loop learned, relative to that. Adam's first st
 far from float32 wherever a gradient is small: autocast's own distance is the measure.
 """
 
-import argparse
 import copy
 import gc
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from bench import subject as subjects
-from bench.measure import Row, append, check, peak_bytes, reset_peak, summarize
+from bench.measure import Row, check, first_run, peak_bytes, reset_peak, summarize, timed
+from bench.program import parse, parser_of, write
 from bench.subject import Call, Subject
 from forgedit import TuneConfig
 from forgedit.engine.graphs import GraphCache
@@ -32,7 +31,6 @@ from forgedit.engine.numerics import true_float32
 from forgedit.engine.tune_inputs import TuneInputs, draw
 from forgedit.engine.tune_plan import Way
 from forgedit.model.fuse import FusedUNet
-from forgedit.progress import wait
 from forgedit.stages.tune import trainable_names
 
 BASELINE = "plain loop"
@@ -194,12 +192,8 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None, compile
     for name, mode, make in chosen:
         with _numerics(name, mode):
             reset_peak(device)
-            start = time.perf_counter()
-            run = make()
-            made = run()
-            wait(device)
             key = name, mode
-            cold[key] = time.perf_counter() - start
+            run, made, cold[key] = first_run(make, device)
             peaks[key] = peak_bytes(device)
             if not truth:
                 truth = made
@@ -207,7 +201,7 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None, compile
             autocast = apart if name == AUTOCAST else autocast
             errors[key] = check(f"{name} {mode}", apart, ALLOWED[mode] * autocast if mode else float("inf"))
             if device.type == "cuda":
-                seconds[key] = [_timed(run, device) for _ in range(rounds)]
+                seconds[key] = [timed(run, device) for _ in range(rounds)]
                 del run, made
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -216,7 +210,7 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None, compile
     for _ in range(rounds if runs else 0):
         for (name, mode), run in runs.items():
             with _numerics(name, mode):
-                seconds[name, mode].append(_timed(run, device))
+                seconds[name, mode].append(timed(run, device))
     timings = {key: summarize(cold[key], seconds[key], peaks[key]) for key in seconds}
     base = timings[BASELINE, ""].p50_s
     return [
@@ -236,14 +230,6 @@ def measure(subject: Subject, task: Task, rounds: int, only: str | None, compile
         )
         for name, mode in seconds
     ]
-
-
-def _timed(run: Run, device: torch.device) -> float:
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - start
 
 
 def _numerics(name: str, mode: str) -> Any:
@@ -279,30 +265,19 @@ def _ignore(step: int, total: int, loss: float | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("bundled", "sd14"), default="bundled")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = parser_of(__doc__, "tune", models=True)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, help="rows of a step (default: the model's own)")
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument("--only", help="variants whose name holds this, and the baselines")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too, which takes minutes")
-    parser.add_argument("--dry", action="store_true", help="print, and write no row")
-    parser.add_argument("--results", help="folder of tune.jsonl (default bench/results)")
-    parser.add_argument("--commit", help="the rows' commit, on a copy of the tree that is no checkout")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     subject = getattr(subjects, args.model)(args.device)
     for row in measure(subject, task_of(subject, args.steps, args.batch), args.rounds, args.only, args.compiled):
         timing = row.timing
-        print(
-            f"{row.backend:52} {timing.p50_s:8.2f} s, {row.faster:5.2f} times {BASELINE}, "
-            f"cold {timing.first_s:7.2f} s, error {row.error:.1e}",
-            flush=True,
-        )
-        if not args.dry:
-            append("tune", row, subject.device, args.results, args.commit)
+        words = f"{row.backend:52} {timing.p50_s:8.2f} s, {row.faster:5.2f} times {BASELINE}, "
+        words += f"cold {timing.first_s:7.2f} s, error {row.error:.1e}"
+        write("tune", row, words, subject.device, args)
 
 
 if __name__ == "__main__":

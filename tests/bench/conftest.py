@@ -1,4 +1,4 @@
-"""Rows such as the benches write, in a folder of their own."""
+"""Rows such as the benches write, in a folder of their own; and what some of them measure."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import torch
 from bench.conftest import StageRow
 from bench.measure import Row, Timing, append
 from bench.sessions import SessionRow
+from bench.subject import bundled
 
 CPU = torch.device("cpu")
 TIMING = Timing(first_s=0.5, p20_s=0.1, p50_s=0.2, p80_s=0.3, calls=5, peak_bytes=2**20)
@@ -19,6 +20,12 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """The bundled model and its photo, learned when a test asks for that."""
+    return bundled("cpu")
 
 
 @pytest.fixture

@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from bench import denoise, equality, tables
-from bench.measure import append_line
-from bench.subject import bundled
+from bench.measure import append, append_line
 from forgedit import Editor
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def subject():
-    return bundled("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +25,7 @@ def test_every_variant_is_measured_against_the_plain_loop(subject, task, tmp_pat
     assert rows[0].faster == 1 and rows[0].error == 0
     assert all(0 < row.error < 1e-4 for row in rows if row.dtype == "float32" and row.backend != denoise.BASELINE)
     for row in rows:
-        denoise.append("denoise", row, CPU, tmp_path)
+        append("denoise", row, CPU, tmp_path)
     table = tables.denoise_table(tmp_path)
     assert "| diffusers, float32 |" in table and "| 5 the engine, bfloat16 |" in table
     assert table.count("\n") == len(rows) + 4

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from bench import learned, tables, tune
-from bench.measure import append_line
-from bench.subject import bundled
+from bench.measure import append, append_line
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def subject():
-    return bundled("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +22,7 @@ def test_every_variant_is_measured_beside_the_plain_loop(subject, task, tmp_path
     assert {"the engine, fast", "the engine, lean", "2 + our kernels, exact"} <= named.keys()
     assert 0 < named["2 + our kernels, exact"].error < 0.05 < named["the engine, fast"].error
     for row in rows:
-        tune.append("tune", row, CPU, tmp_path)
+        append("tune", row, CPU, tmp_path)
     table = tables.tune_table(tmp_path)
     assert "| plain loop, float32 |" in table and "| the engine, fast, bfloat16 |" in table
     assert table.count("\n") == len(rows) + 4
