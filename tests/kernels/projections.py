@@ -1,8 +1,7 @@
-"""What the tests of the projections and of their gradients share: inputs, layouts, real sizes, errors."""
+"""What the tests of the projections and of their gradients share: inputs, layouts, real sizes."""
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -27,13 +26,6 @@ OPS = {
 Inputs = dict[str, Tensor]
 
 
-def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It holds NaN, so that what a kernel leaves out shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
-
-
 def make_inputs(
     op: str, tokens: int, k: int, columns: int, dtype: torch.dtype, mean: float = 0.0, spread: float = 1.0
 ) -> Inputs:
@@ -49,12 +41,6 @@ def make_inputs(
     if op == "linear_residual":
         inputs["residual"] = torch.randn(tokens, n, generator=generator)
     return {name: tensor.to(dtype) for name, tensor in inputs.items()}
-
-
-def largest_error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
 
 
 def amid_nan(matrix: Tensor, right: int) -> Tensor:

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from forgedit_kernels.adam import AdamPlan, adam_reference
 from forgedit_kernels.adam_work import work_blocks
-from forgedit_kernels.dispatch import native_module
-from forgedit_kernels.jit import interpreted
+from tests.kernels.checks import every_set, needs_interpreter, needs_native
 
-NATIVE = native_module()
-needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module was not built on this machine")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="triton is absent, or has a GPU to run on")
 BACKENDS = [
     "reference",
     pytest.param("native", marks=needs_native),
@@ -144,7 +140,7 @@ def test_error_rule(backend: str, time: int) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("instruction_set", NATIVE.instruction_sets() if NATIVE else [])
+@every_set
 def test_every_instruction_set(instruction_set: str) -> None:
     assert _good(_by_plan("native", instruction_set), 7)
 

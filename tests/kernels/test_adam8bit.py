@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from forgedit_kernels.adam8bit import Adam8bitPlan, Quantized, adam8bit_reference, dequantize, dynamic_map, quantize
-from forgedit_kernels.dispatch import native_module
-from forgedit_kernels.jit import interpreted
+from tests.kernels.checks import every_set, needs_interpreter, needs_native
 
-NATIVE = native_module()
-needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module was not built on this machine")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="triton is absent, or has a GPU to run on")
 FAST = [pytest.param("native", marks=needs_native), pytest.param("triton", marks=needs_interpreter)]
 BACKENDS = ["reference", *FAST]
 FLOOR = 2.0**-24  # one rounding to nearest of a float32, relative
@@ -151,7 +147,7 @@ def test_error_rule(backend: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("instruction_set", NATIVE.instruction_sets() if NATIVE else [])
+@every_set
 def test_every_instruction_set(instruction_set: str) -> None:
     assert _good(_by_plan("native", instruction_set))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from forgedit.config import EditConfig
 from forgedit.stages import blend as stage
 from forgedit_kernels.blend_embeddings import blend_embeddings, blend_embeddings_reference
+from tests.kernels.checks import largest_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative to the largest truth. float32: four roundings of half a unit in the last place; 16-bit types: the last one,
@@ -36,18 +37,14 @@ def _poisoned(source: Tensor, weights: Tensor) -> Tensor:
     return source.new_full((len(weights), *source.shape[1:]), float("nan"))
 
 
-def _error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.cpu().double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
-
-
 def _check(got: Tensor, source: Tensor, target: Tensor, weights: Tensor) -> bool:
     """STYLE's rule: at most twice the reference's own error in that dtype, plus the dtype's floor."""
     truth, reference = _poisoned(source.double(), weights), _poisoned(source, weights)
     blend_embeddings_reference(source.double(), target.double(), weights.double(), truth)
     blend_embeddings_reference(source, target, weights, reference)
-    return _error(got, truth) <= 2 * _error(reference, truth) + FLOORS[got.dtype] * float(truth.abs().max())
+    return largest_error(got, truth) <= 2 * largest_error(reference, truth) + FLOORS[got.dtype] * float(
+        truth.abs().max()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,8 +63,8 @@ def test_the_numbers_are_the_stages(backend: str) -> None:
     got = blend_embeddings(source, target, WEIGHTS, backend=backend)
     for config, blended in zip(CONFIGS, got, strict=True):
         truth = stage.blend_embeddings(source.double(), target.double(), config)[0]
-        own_error = _error(stage.blend_embeddings(source, target, config)[0], truth)
-        assert _error(blended, truth) <= 2 * own_error + FLOORS[torch.float32] * float(truth.abs().max()), config
+        own_error = largest_error(stage.blend_embeddings(source, target, config)[0], truth)
+        assert largest_error(blended, truth) <= 2 * own_error + FLOORS[torch.float32] * float(truth.abs().max()), config
     exact = blend_embeddings(source.double(), target.double(), torch.tensor([[0.9, 1.3, 1]], dtype=torch.float64))
     truth = stage.blend_embeddings(source.double(), target.double(), CONFIGS[2])
     torch.testing.assert_close(exact, truth, rtol=1e-14, atol=1e-14)
@@ -81,7 +78,7 @@ def test_tokens_of_no_length_keep_the_target(dtype: torch.dtype, backend: str) -
     source[0, 2] *= 1e-7  # float16's subnormals, which have a direction all the same
     got = blend_embeddings(source, target, WEIGHTS, backend=backend)
     assert _check(got, source, target, WEIGHTS)
-    assert _error(got[2, 1], 1.3 * target[0, 1].double()) <= FLOORS[dtype] * 8
+    assert largest_error(got[2, 1], 1.3 * target[0, 1].double()) <= FLOORS[dtype] * 8
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -91,9 +88,9 @@ def test_a_token_shorter_than_1e_12_counts_as_that_long(backend: str) -> None:
     got = blend_embeddings(source, target, WEIGHTS, backend=backend)
     assert _check(got, source, target, WEIGHTS)
     clamped = stage.blend_embeddings(source.double(), target.double(), CONFIGS[2])
-    assert _error(got[2:3], clamped) <= FLOORS[torch.float32] * float(clamped.abs().max())
+    assert largest_error(got[2:3], clamped) <= FLOORS[torch.float32] * float(clamped.abs().max())
     whole = stage.blend_embeddings(source.double() * 1e14, target.double(), EditConfig(blend="vp", identity_weight=0.0))
-    assert _error((clamped / 1.3).float(), whole) > 0.1, "the inputs tell the two apart"
+    assert largest_error((clamped / 1.3).float(), whole) > 0.1, "the inputs tell the two apart"
 
 
 def test_a_blend_is_the_same_in_any_sweep() -> None:

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forgedit_kernels.dispatch import native_module
+from tests.kernels.checks import NATIVE, every_set, needs_native
 
-NATIVE = native_module()
-SETS = NATIVE.instruction_sets() if NATIVE else []
 FLOORS = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8}
 DTYPES = tuple(FLOORS)
-needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module was not built on this machine")
-every_set = pytest.mark.parametrize("instruction_set", SETS)
 
 
 def _inputs(rows: int, features: int, dtype: torch.dtype, spread: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from forgedit_kernels import group_norm_silu_triton as kernels
 from forgedit_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from tests.kernels.checks import largest_error, poison_new_memory
 
 module = importlib.import_module("forgedit_kernels.group_norm_silu")  # the package's attribute is the op
 
@@ -41,10 +42,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN, so that what a kernel leaves out shows."""
-    for name in ("empty", "empty_like"):
-        new = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, new=new, **kwargs: new(*args, **kwargs).fill_(float("nan")))
+    poison_new_memory(monkeypatch)
 
 
 def _inputs(
@@ -61,19 +59,13 @@ def _inputs(
     return {name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def _error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.cpu().double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
-
-
 def _check(got: Tensor, inputs: dict[str, Tensor | None], groups: int, silu: bool, eps: float = 1e-5) -> bool:
     """STYLE's rule: at most twice the reference's own error in that dtype, plus the dtype's floor."""
     exact = {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()}
     truth = group_norm_silu_reference(**exact, groups=groups, silu=silu, eps=eps)
     reference = group_norm_silu_reference(**inputs, groups=groups, silu=silu, eps=eps)
     floor = FLOORS[got.dtype] * float(truth.abs().max())
-    return _error(got, truth) <= 2 * _error(reference, truth) + floor
+    return largest_error(got, truth) <= 2 * largest_error(reference, truth) + floor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,13 +9,19 @@ from torch import Tensor
 
 from forgedit_kernels import group_norm_silu_backward as backward
 from forgedit_kernels import group_norm_silu_triton as kernels
-from forgedit_kernels.dispatch import native_module
 from forgedit_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from forgedit_kernels.jit import interpreted, triton_installed
+from tests.kernels.checks import (
+    NATIVE,
+    every_set,
+    largest_error,
+    needs_interpreter,
+    needs_native,
+    needs_triton,
+    poison_new_memory,
+)
 
 op = importlib.import_module("forgedit_kernels.group_norm_silu")  # the package's attribute of that name is the function
 
-NATIVE = native_module()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As forward, relative to each gradient's largest truth: float32 four roundings of half a unit in the last place, the
 # 16-bit types the last one, and the interpreter truncates to bfloat16, which may cost a whole unit.
@@ -30,8 +36,6 @@ CASES = {  # shape of x, groups, rows of the shift, SiLU
     "unet-32-groups": ((1, 320, 3, 3), 32, 1, True),
 }
 UNET = [(64, 320), (64, 960), (32, 320), (32, 640), (32, 960), (32, 1920), (16, 640), (16, 1280), (16, 2560), (8, 1280)]
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
-needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module was not built on this machine")
 TRITON = ("one-launch", "two-launches")
 WAYS = [*(pytest.param(way, marks=needs_interpreter) for way in TRITON), pytest.param("native", marks=needs_native)]
 every_way = pytest.mark.parametrize("backend", WAYS, indirect=True)
@@ -52,10 +56,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN, so that what a kernel leaves out shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        new = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, new=new, **kwargs: new(*args, **kwargs).fill_(float("nan")))
+    poison_new_memory(monkeypatch)
 
 
 def _inputs(
@@ -85,21 +86,15 @@ def _gradients(
     return dict(zip(of, torch.autograd.grad(result, [own[n] for n in of], inputs["dy"]), strict=True))
 
 
-def _error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.cpu().double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
-
-
 def _wrong(inputs: Tensors, got: Tensors, groups: int, silu: bool = True) -> set[str]:
     """The gradients that break STYLE's rule: twice the reference's own error in the dtype, plus the dtype's floor."""
     truths = _gradients({name: x.double() for name, x in inputs.items()}, groups, silu)
     references = _gradients(inputs, groups, silu)
     wrong = set()
     for name, truth in truths.items():
-        bound = 2 * _error(references[name], truth) + FLOORS[inputs["x"].dtype] * float(truth.abs().max())
+        bound = 2 * largest_error(references[name], truth) + FLOORS[inputs["x"].dtype] * float(truth.abs().max())
         same = got[name].shape == truth.shape and got[name].dtype == inputs["x"].dtype
-        wrong |= set() if same and _error(got[name], truth) <= bound else {name}
+        wrong |= set() if same and largest_error(got[name], truth) <= bound else {name}
     return wrong
 
 
@@ -130,7 +125,7 @@ def test_triton_is_within_the_error_rule(backend: str, case: str, dtype: torch.d
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("instruction_set", NATIVE.instruction_sets() if NATIVE else [])
+@every_set
 @pytest.mark.parametrize("case", [*CASES, "long"])
 def test_native_is_within_the_error_rule(
     case: str, instruction_set: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -280,7 +275,7 @@ def test_a_wrong_gradient_is_rejected(flaw: str, spoilt: set[str]) -> None:
     assert _wrong(inputs, _by_hand(inputs, 8, flaw), 8) == spoilt
 
 
-@pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("shipped", [kernels.variants, backward.variants])
 def test_variants_give_each_argument_once(shipped: Callable[[], list]) -> None:
     found = shipped()

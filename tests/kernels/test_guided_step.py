@@ -8,6 +8,7 @@ from torch import Tensor
 
 from forgedit.stages.sample import ddim_step
 from forgedit_kernels.guided_step import guided_step, guided_step_reference
+from tests.kernels.checks import largest_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative to the largest truth. float32: two roundings of half a unit in the last place; 16-bit types, of model_input
@@ -35,19 +36,15 @@ def _poisoned(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full_like(like, float("nan"), dtype=dtype)
 
 
-def _error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.cpu().double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
-
-
 def _check(got: Tensor, inputs: dict[str, Tensor]) -> bool:
     """STYLE's rule: at most twice the reference's own error in that dtype, plus the dtype's floor."""
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     truth, reference = torch.empty_like(exact["latents"]), _poisoned(got)
     guided_step_reference(**exact, out=truth)
     guided_step_reference(**inputs, out=_poisoned(inputs["latents"]), model_input=reference)
-    return _error(got, truth) <= 2 * _error(reference, truth) + FLOORS[got.dtype] * float(truth.abs().max())
+    return largest_error(got, truth) <= 2 * largest_error(reference, truth) + FLOORS[got.dtype] * float(
+        truth.abs().max()
+    )
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])

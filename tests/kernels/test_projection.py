@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forgedit_kernels import projection_triton, table
-from forgedit_kernels.jit import Variant, interpreted, triton_installed
+from forgedit_kernels.jit import Variant, interpreted
 from forgedit_kernels.projection import norm_geglu, norm_linear, norm_linear_reference
+from tests.kernels.checks import largest_error, needs_interpreter, needs_triton, poison_new_memory
 from tests.kernels.projections import (
     COPIED,
     DTYPES,
@@ -20,16 +21,12 @@ from tests.kernels.projections import (
     REAL,
     Inputs,
     amid_nan,
-    largest_error,
     make_inputs,
     on_cuda,
-    poison_new_memory,
 )
 
 # Tokens, K, columns of the result, in the interpreter: one, primes, ragged against every block, and real sizes.
 CASES = [(1, 8, 8), (77, 320, 96), (257, 96, 130), (64, 37, 61)]
-needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)

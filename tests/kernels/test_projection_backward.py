@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from forgedit_kernels import projection_backward as backward
 from forgedit_kernels import projection_triton, table
-from forgedit_kernels.dispatch import native_module
-from forgedit_kernels.jit import interpreted, triton_installed
+from forgedit_kernels.jit import interpreted
+from tests.kernels.checks import largest_error, needs_interpreter, needs_native, needs_triton, poison_new_memory
 from tests.kernels.projections import (
     COPIED,
     DTYPES,
@@ -20,16 +20,11 @@ from tests.kernels.projections import (
     REAL,
     Inputs,
     amid_nan,
-    largest_error,
     make_inputs,
     on_cuda,
-    poison_new_memory,
 )
 
 CASES = [(1, 8, 8), (77, 320, 96), (257, 96, 130), (64, 37, 61)]  # tokens, K, columns of the result
-needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
-needs_native = pytest.mark.skipif(native_module() is None, reason="the native module was not built on this machine")
 
 
 @pytest.fixture(autouse=True)
