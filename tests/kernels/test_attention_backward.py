@@ -12,30 +12,25 @@ from torch import Tensor
 
 from forgedit_kernels import attention_backward as backward
 from forgedit_kernels.attention import attention, attention_reference
-from forgedit_kernels.dispatch import native_module
-from forgedit_kernels.jit import interpreted, triton_installed
+from forgedit_kernels.jit import interpreted
+from tests.kernels.attentions import DTYPES, FLOORS, amid_nan
+from tests.kernels.checks import NATIVE, SETS, largest_error, needs_interpreter, needs_triton, poison_new_memory
 
 op = importlib.import_module("forgedit_kernels.attention")  # the package's attribute of that name is the function
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Half a unit in the last place, relative to the largest truth: what one correct rounding may cost.
-FLOORS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # what a key past the end leaves in the rows of dk and dv that are never stored
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 # Four of them in float32: the native sums of a few terms go in another order than torch's.
 NATIVE_FLOORS = {**FLOORS, torch.float32: 2.0**-22}
-needs_triton = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
-needs_interpreter = pytest.mark.skipif(not interpreted(), reason="CPU tensors need Triton's interpreter")
-NATIVE = native_module()
-SETS = [f"native {name}" for name in NATIVE.instruction_sets()] if NATIVE else []
-BACKENDS = [pytest.param("triton", marks=needs_interpreter), *SETS]
+NATIVE_SETS = [f"native {name}" for name in SETS]
+BACKENDS = [pytest.param("triton", marks=needs_interpreter), *NATIVE_SETS]
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 # with the dtypes that each computes
 every_pair = pytest.mark.parametrize(
     ("backend", "dtype"),
     [
         *[pytest.param("triton", dtype, marks=needs_interpreter, id=f"triton-{dtype}") for dtype in DTYPES],
-        *[pytest.param(name, dtype, id=f"{name}-{dtype}") for name in SETS for dtype in DTYPES[:2]],
+        *[pytest.param(name, dtype, id=f"{name}-{dtype}") for name in NATIVE_SETS for dtype in DTYPES[:2]],
     ],
     indirect=["backend"],
 )
@@ -49,9 +44,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The backend's name; a native one's module is held to the set named after it, and memory it takes is NaN."""
     name, _, instruction_set = request.param.partition(" ")
     if instruction_set:
-        empty = torch.empty
         monkeypatch.setattr(NATIVE, "instruction_sets", lambda: [instruction_set])
-        monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+        poison_new_memory(monkeypatch)
     return str(name)
 
 
@@ -70,32 +64,18 @@ def _fused(n: int, m: int, d: int, dtype: torch.dtype) -> Tensors:
 
 def _amid_nan(n: int, m: int, d: int, dtype: torch.dtype) -> Tensors:
     """Whatever is read past a row's D columns or past the last row is NaN."""
-    return _amid(_separate(n, m, d, dtype, heads=2), columns=d + 16)
+    return amid_nan(_separate(n, m, d, dtype, heads=2), columns=d + 16)
 
 
 def _unaligned(n: int, m: int, d: int, dtype: torch.dtype) -> Tensors:
     """Strides that are no multiples of 8."""
-    return _amid(_separate(n, m, d, dtype), columns=d + 17)
-
-
-def _amid(tensors: Tensors, columns: int) -> Tensors:
-    amid = []
-    for x in tensors:
-        wide = torch.full((x.shape[0], x.shape[1] + 256, x.shape[2], columns), float("nan"), dtype=x.dtype)
-        amid.append(wide[:, : x.shape[1], :, : x.shape[3]].copy_(x))
-    return tuple(amid)
+    return amid_nan(_separate(n, m, d, dtype), columns=d + 17)
 
 
 def _gradients(inputs: Tensors, backend: str = "triton", scale: float | None = None) -> Tensors:
     """Of q, k and v: of the very views given, which the op reads where they lie."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     return torch.autograd.grad(attention(q, k, v, scale=scale, backend=backend), (q, k, v), inputs[3])
-
-
-def _error(got: Tensor, truth: Tensor) -> float:
-    """The largest absolute error; infinite where a NaN is left."""
-    gap = (got.double() - truth).abs()
-    return float("inf") if gap.isnan().any() else float(gap.max())
 
 
 def _right(inputs: Tensors, got: Tensors, scale: float | None = None, backend: str = "triton") -> tuple[bool, ...]:
@@ -105,10 +85,10 @@ def _right(inputs: Tensors, got: Tensors, scale: float | None = None, backend: s
     truths = _gradients(tuple(x.double() for x in inputs), "reference", scale)
     verdicts = []
     for x, own, truth in zip(got, _gradients(inputs, "reference", scale), truths, strict=True):
-        bound = 2 * _error(own, truth) + floor * float(truth.abs().max())
+        bound = 2 * largest_error(own, truth) + floor * float(truth.abs().max())
         if backend == "triton" and interpreted() and not x.is_cuda and dtype == torch.bfloat16:
             bound += floor * float(truth.abs().max())  # its stores truncate: a whole unit in the last place
-        verdicts.append(x.shape == truth.shape and x.dtype == dtype and _error(x, truth) <= bound)
+        verdicts.append(x.shape == truth.shape and x.dtype == dtype and largest_error(x, truth) <= bound)
     return tuple(verdicts)
 
 
@@ -135,7 +115,7 @@ def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     assert _right(inputs, _gradients(inputs)) == ALL
 
 
-@pytest.mark.parametrize("backend", SETS, indirect=True)
+@pytest.mark.parametrize("backend", NATIVE_SETS, indirect=True)
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 160])
 @pytest.mark.parametrize(("n", "m"), [(4, 77), (16, 16), (40, 200)])
 def test_head_dims_natively(n: int, m: int, head_dim: int, backend: str) -> None:
@@ -220,7 +200,7 @@ def test_equal_bits_in_every_run() -> None:
     assert all(torch.equal(*pair) for pair in zip(_gradients(inputs), _gradients(inputs), strict=True))
 
 
-@pytest.mark.parametrize("backend", SETS, indirect=True)
+@pytest.mark.parametrize("backend", NATIVE_SETS, indirect=True)
 def test_neither_threads_nor_the_batch_change_a_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _separate(250, 200, 32, torch.float32, batch=3, heads=2)
     one = _gradients(inputs, backend)
@@ -231,7 +211,7 @@ def test_neither_threads_nor_the_batch_change_a_bit(backend: str, monkeypatch: p
         assert all(torch.equal(*pair) for pair in zip(one, _gradients(inputs, backend), strict=True))
 
 
-@pytest.mark.parametrize("backend", SETS, indirect=True)
+@pytest.mark.parametrize("backend", NATIVE_SETS, indirect=True)
 def test_a_fault_stays_in_its_head(backend: str) -> None:
     inputs = _separate(40, 100, 32, torch.float32, batch=2, heads=2)
     clean = _gradients(inputs, backend)
@@ -269,7 +249,7 @@ def test_only_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launched == launches
 
 
-@pytest.mark.parametrize("backend", SETS[-1:], indirect=True)
+@pytest.mark.parametrize("backend", NATIVE_SETS[-1:], indirect=True)
 def test_only_what_is_asked_for_natively(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = _separate(33, 77, 48, torch.float32)
     truth = _gradients((q, k, v, torch.ones_like(q)), backend)
@@ -285,7 +265,7 @@ def test_only_what_is_asked_for_natively(backend: str, monkeypatch: pytest.Monke
     assert written == [[True, False, False], [False, True, True], [False, True, True]]
 
 
-@pytest.mark.parametrize("backend", SETS[-1:], indirect=True)
+@pytest.mark.parametrize("backend", NATIVE_SETS[-1:], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_auto_trains_natively_on_the_cpu(dtype: torch.dtype, backend: str) -> None:
     inputs = _separate(33, 77, 32, dtype)
