@@ -68,7 +68,7 @@ def main() -> None:
         captioner.export(plan.folder / "captioner.pt", plan.folder / "model")
     elif args.part == "clip":
         contrasted = {**shared, "folder": args.folder / "clip"}
-        plan = Plan("clip", steps=args.steps or 4000, batch=args.batch or 64, rate=args.rate or 1e-3, **contrasted)
+        plan = Plan("clip", steps=args.steps or 2600, batch=args.batch or 64, rate=args.rate or 1e-3, **contrasted)
         model = args.out or export.BUNDLED
         launch(plan, partial(clip.build, data=data, vae=args.folder / "vae_final.pt", model=model))
         clip.export(plan.folder / "clip.pt", model / "tokenizer", plan.folder / "model")
