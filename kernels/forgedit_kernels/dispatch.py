@@ -16,8 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._C._profiler import _RecordFunctionFast  # torch.profiler.record_function takes a name alone
 
 from forgedit_kernels.jit import interpreted, triton_installed
+from forgedit_kernels.native_work import WORK
 
 BACKENDS = ("auto", "reference", "native", "triton", "sdpa", "xformers")
 RANGE = "forgedit_kernels::"  # begins the names of the profiler's ranges around ops of ours
@@ -55,12 +57,12 @@ def native_module() -> SimpleNamespace | None:
 
 
 def _ranged(op: str, function: Callable[..., None]) -> Callable[..., None]:
-    """`function` in a range of the op's name, as a row of `forgedit profile` is made from."""
+    """`function` in a range that names the op and tells its work, as a row of `forgedit profile` is made from."""
 
     def call(*args: Any, **kwargs: Any) -> None:
         if not torch.autograd._profiler_enabled():
             return function(*args, **kwargs)
-        with torch.profiler.record_function(f"{RANGE}{op}"):
+        with _RecordFunctionFast(f"{RANGE}{op}", [], WORK[op](*args, **kwargs).fields()):
             return function(*args, **kwargs)
 
     return call

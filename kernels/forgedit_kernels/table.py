@@ -3,7 +3,9 @@
 A table is a JSON file named by the device, such as tables/nvidia-h200.json. Those shipped lie beside this file; the
 user's own, by `forgedit autotune`, in ~/.cache/forgedit/tables (XDG_CACHE_HOME moves it); they win, shape by shape:
     {"device": …, "torch": …, "triton": …, "commit": …, "ops": {op: {key: entry}}}
-    entry: {"backend": name, "blocks": {constexpr: int}, "seconds": {backend: p50}}, the last two if there are any
+    entry: {"backend": name, "blocks": {constexpr: int}, "seconds": {backend: p50}, "measured": "forward and backward",
+        "rows": 2, "batch": 10}, all but the backend if known; measured rows are fewer than the batch that the key
+        stands for where there was no room. Keys that end in " grad" are asked for where a gradient is wanted
 A device without a table is left to each op's own order of preference. Tables are read once a process.
 """
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.batch import Leg, Travelled, expected_seconds, in_batches, make_batch, travel, warm_up
+from forgedit.engine.difference import noise_difference
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import check_numerics, true_float32
 from forgedit.engine.parking import Parking
@@ -26,6 +27,7 @@ from forgedit.errors import ModelError, TuneDiverged
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
 from forgedit.prompts import Prompts
+from forgedit.quality.change_mask import ChangeMask, heat_map
 from forgedit.quality.report import peak_bytes, versions
 from forgedit.session import Edit, Session, read_session
 from forgedit.session_file import base_fingerprint
@@ -53,9 +55,9 @@ class Editor:
     backend: of forgedit_kernels; an op that does not have the one named chooses for itself
     numerics: what edits compute in. 'exact': our engine in float32; 'fast', 'fast-float16': the same in bfloat16 or
         float16 (tuning in bfloat16); 'reference': the method's plain path, slower
-    memory_bytes: what may be held on the device, everything loaded included; decides how many edits are made together
-        and how a photo is learned (TuneConfig.memory_bytes stands above it there). None takes what there is, on a CPU
-        a fixed number of edits
+    memory_bytes: what may be held on the device, everything loaded included; decides how many edits are made together,
+        how a photo is learned (TuneConfig.memory_bytes stands above it there), and whether photos are encoded and
+        pictures decoded whole or in bands. None takes what there is, on a CPU a fixed number of edits
     shared_with: modules of yours that hold some of the model's memory too; that stays on the device where, for want of
         memory, the rest waits on the host while a photo is learned
     defaults: the settings the model recommends, taken where a call names none
@@ -191,7 +193,8 @@ class Editor:
                 caption = config.caption if config.caption is not None else self._caption(image, target)
             with progress.stage("encode"):
                 resized = resize_photo(image, config, model.resolution, model.vae_scale)
-                encoded = encode_image(resized, model.vae, generator)
+                vae = self._method_path().encoder(*resized.size, config.memory_bytes)
+                encoded = encode_image(resized, vae, generator)
                 ids, _ = self._prompts.tokens(caption)
                 self._restore()
                 start = first_embedding(encode_prompt(ids, model.text_encoder), embedding, config)
@@ -303,6 +306,7 @@ class Editor:
 
         session: whose UNet it is, forgotten as strategy and keep say
         start: [1, C, h, w] float32 on the model's device, of the noise level at which the first leg begins
+        legs: each a schedule with its prompt and guidance; on_step, cancel: as in edit
         Raises: ValueError for the strategy, or another editor's session; EditDiverged; Cancelled; RuntimeError from
             inside on_step
         """
@@ -314,6 +318,19 @@ class Editor:
             nothing = self._prompts.embed(session, "").embedding
             path = self._method_path()
             return travel(path, session, start, legs, prompts, nothing, strategy, keep, progress)
+
+    def change_mask(self, session: Session, edit: Edit) -> ChangeMask:
+        """Where an edit changed its photo (quality/change_mask.py); Session.change_mask calls this.
+
+        session: the one that made the edit. It costs the photo's encoding and 6 rows of the UNet; a guided edit of 50
+        steps costs 100
+        Raises: ValueError for another editor's session, or an edit of another size
+        """
+        self._check_owner(session)
+        with self._turn(Progress(None, None)):
+            prompt = self._prompts.embed(session, edit.target)
+            difference = noise_difference(self._method_path(), self.model, session, prompt, edit.config)
+        return ChangeMask.found(heat_map(difference, edit.image, session.source))
 
     def warmup(self, sizes: Iterable[tuple[int, int]] | None = None, config: EditConfig | None = None) -> None:
         """Do beforehand what the first edit of a size pays for: lay the engine out, compile kernels, capture graphs.
@@ -328,7 +345,9 @@ class Editor:
             with self._turn(Progress(None, None)):
                 nothing = encode_prompt(self._prompts.tokens("")[0], self.model.text_encoder)
                 weight = {"unet.conv_in.weight": self._weights.original["unet.conv_in.weight"]}
-                warm_up(self._method_path(), nothing, weight, shape, config)
+                path = self._method_path()
+                path.max_edits(shape)  # planned before the buffers of the first edit are there
+                warm_up(path, nothing, weight, shape, config)
 
     def release(self) -> None:
         """Let go of what only learning needs and keeps for the next photo: masters, gradients, moments, graphs."""

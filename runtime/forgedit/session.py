@@ -18,13 +18,15 @@ from torch import Tensor
 from forgedit.apply import apply_weights, merged_weights
 from forgedit.config import ChooseConfig, EditConfig, SweepConfig, TuneConfig
 from forgedit.delta import check_delta, pack_weight, squared_distance, unpack_weight
-from forgedit.errors import SessionError
+from forgedit.errors import InputError, SessionError
 from forgedit.lora import SavedLora, write_lora
 from forgedit.progress import OnStep
+from forgedit.quality.change_mask import ChangeMask
 from forgedit.quality.choose import Choice, climb, decide
+from forgedit.quality.composite import keep_outside
 from forgedit.session_file import read_session_file, write_session_file
 from forgedit.stages.encode import Prompt
-from forgedit.stages.photo import restore_size
+from forgedit.stages.photo import Photo, open_photo, restore_size
 
 if TYPE_CHECKING:
     from forgedit.editor import Editor
@@ -55,6 +57,26 @@ class Edit:
     def at_photo_size(self) -> Image.Image:
         """The picture at the photo's own size, by Lanczos: RGB, or RGBA with the photo's opacity if it has one."""
         return restore_size(self.image, self.photo_size or self.image.size, self.opacity)
+
+    def keep_outside(self, photo: Photo, mask: ChangeMask, feather: int | None = None) -> Image.Image:
+        """The picture at the photo's own size where the mask is, and the photo, byte for byte, everywhere else.
+
+        photo: the one that was learned, as Editor.tune took it, read as open_photo says
+        mask: Session.change_mask finds one, ChangeMask.given takes yours
+        feather: pixels of the photo, inside the mask, over which it goes over into the edit; None for one pixel of the
+            edited picture, as large as it is in the photo
+        Raises: InputError for a photo of another size, or a mask that covers nothing or nearly everything
+        """
+        opened, size = open_photo(photo), self.photo_size or self.image.size
+        if opened.size != size:
+            raise InputError(
+                "the photo has {} by {} pixels, the one that was learned had {} by {}; give that one".format(
+                    *opened.size, *size
+                )
+            )
+        if feather is None:
+            feather = math.ceil(max(size[0] / self.image.width, size[1] / self.image.height))
+        return keep_outside(opened, restore_size(self.image, size, None), mask.mask, feather)
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,10 @@ class Session:
         defaults, scorer = self.editor.defaults, self.editor.model.scorer
         config = config or defaults.choose
         return decide(list(climb(self, target, config, base or defaults.edit, scorer, on_step, cancel)), config)
+
+    def change_mask(self, edit: Edit) -> ChangeMask:
+        """Where one of this session's edits changed the photo, for Edit.keep_outside. See Editor.change_mask"""
+        return self.editor.change_mask(self, edit)
 
     def save(self, path: str | Path, delta: str = "fp32") -> SavedSession:
         """Write one safetensors file, atomically: the file at `path` is the old one or the whole new one.

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from diffusers import UNet2DConditionModel
 
 from forgedit.engine.plan import (
     CPU_EDITS,
     MOST_EDITS,
-    decode_activations,
     device_budget,
     parse_bytes,
     plan_sampling,
@@ -18,6 +14,9 @@ from forgedit.engine.plan import (
     show_bytes,
     unet_activations,
 )
+from forgedit.engine.vae_plan import VAECost
+from tests.runtime.live_bytes import measured
+from tests.runtime.test_vae_plan import SD_VAE
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -66,71 +65,14 @@ UNETS = {
     "wide-middle-odd": (WIDE_MIDDLE, 27, 35),
 }
 
-SD_VAE = dict(
-    block_out_channels=(128, 256, 512, 512),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    layers_per_block=2,
-    latent_channels=4,
-)
-BUNDLED_VAE = SD_VAE | dict(
-    block_out_channels=(24, 48, 96),
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    layers_per_block=1,
-    norm_num_groups=8,
-)
-VAES = {
-    "sd": (SD_VAE, 64, 64),
-    "sd-rectangle": (SD_VAE, 40, 100),
-    "bundled": (BUNDLED_VAE, 16, 16),
-    "wide-middle": (BUNDLED_VAE | dict(block_out_channels=(8, 8, 512)), 16, 16),
-    "steep": (BUNDLED_VAE | dict(block_out_channels=(16, 64, 256)), 16, 16),
-    "even": (BUNDLED_VAE | dict(block_out_channels=(64, 64, 64)), 16, 16),
-}
-
-
-class LiveBytes(TorchDispatchMode):
-    """The largest sum of bytes, after any operation, of the storages made inside that are still alive."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._made = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                storage = tensor.untyped_storage()
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._made.values()))
-        return out
-
-
-def measured(module, *inputs, call=None):
-    with torch.no_grad(), LiveBytes([*module.parameters(), *module.buffers(), *inputs]) as live:
-        (call or module)(*inputs)
-    return live.peak
-
 
 def unet_inputs(config, rows, height, width, dtype):
     prompt = torch.zeros(rows, 77, config["cross_attention_dim"], dtype=dtype)
     return torch.zeros(rows, 4, height, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64), prompt
 
 
-@pytest.fixture
-def no_scores(monkeypatch):
-    """On the meta device torch computes attention by way of all scores, as no real backend in use does."""
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q)
-    )
-
-
 @pytest.mark.parametrize("case", UNETS)
-def test_activations_of_real_shapes(case, no_scores):
+def test_activations_of_real_shapes(case):
     """On the meta device, which makes every tensor but no numbers."""
     config, height, width = UNETS[case]
     with torch.device("meta"):
@@ -144,21 +86,6 @@ def test_activations_of_a_real_forward_pass(rows, dtype):
     unet = UNet2DConditionModel(**BUNDLED).eval().to(dtype)
     peak = measured(unet, *unet_inputs(BUNDLED, rows, 12, 20, dtype))
     assert peak <= rows * dtype.itemsize * unet_activations(unet.config, 12, 20) <= 1.15 * peak
-
-
-@pytest.mark.parametrize("case", VAES)
-def test_decoding_of_real_shapes(case, no_scores):
-    config, height, width = VAES[case]
-    with torch.device("meta"):
-        vae = AutoencoderKL(**config).eval()
-        peak = measured(vae, torch.zeros(2, 4, height, width), call=lambda latents: vae.decode(latents / 0.18))
-    assert peak <= 2 * 4 * decode_activations(vae.config, height, width) <= 1.15 * peak
-
-
-def test_decoding_of_a_real_forward_pass():
-    vae = AutoencoderKL(**BUNDLED_VAE).eval()
-    peak = measured(vae, torch.zeros(3, 4, 12, 20), call=lambda latents: vae.decode(latents / 0.18))
-    assert peak <= 3 * 4 * decode_activations(vae.config, 12, 20) <= 1.15 * peak
 
 
 @pytest.mark.parametrize("case", UNETS)
@@ -208,13 +135,33 @@ def test_fewer_edits_are_planned_with_more_pictures_decoded_together():
     assert plan_sampling(SD14, SD_VAE, **PLAN, budget=budget, decode_batch=1).batch > 1
 
 
+def test_pictures_are_decoded_in_bands_where_whole_does_not_fit():
+    """In the tallest that fit, one by one, however many edits fit beside that; whole where one edit fits with it."""
+    one = plan_sampling(SD14, SD_VAE, **PLAN, budget=None, most=1)
+    rest, cost = one.peak - one.decode, VAECost(SD_VAE, 2, False)
+    heights = [None, 256, 128, 64, 32, 16, 8]
+    sizes = [cost.decode(64, 64, rows) for rows in heights]
+    taller = plan_sampling(SD14, SD_VAE, **PLAN, budget=10**12)
+    assert taller.decode_rows is None and taller.decode == sizes[0] == one.decode
+    for rows, size in zip(heights, sizes, strict=True):
+        if size < min(sizes[: heights.index(rows)], default=size + 1):
+            plan = plan_sampling(SD14, SD_VAE, **PLAN, budget=rest + size, decode_batch=4)
+            assert (plan.decode_rows, plan.decode, plan.batch) == (rows, size, 1)
+            assert plan.peak == rest + size
+    small = plan_sampling(BUNDLED, SD_VAE, **PLAN, budget=None, most=1)
+    plan = plan_sampling(BUNDLED, SD_VAE, **PLAN, budget=small.peak - 1, decode_batch=4)
+    assert plan.decode == cost.decode(64, 64, plan.decode_rows) and plan.batch > 1
+    assert plan.peak < small.peak <= plan.peak + small.latents + small.activations + small.prompts
+
+
 def test_no_edit_fits():
     one = plan_sampling(SD14, SD_VAE, **PLAN, budget=None, most=1)
+    least = one.peak - one.decode + VAECost(SD_VAE, 2, False).decode(64, 64, 8)
     with pytest.raises(RuntimeError) as caught:
-        plan_sampling(SD14, SD_VAE, **PLAN, budget=one.peak - 1)
+        plan_sampling(SD14, SD_VAE, **PLAN, budget=least - 1)
     message = str(caught.value)
-    assert "one edit of 64 by 64 latents needs 2.55 GB (weights 2.00 GB, " in message
-    assert "the budget is 2.55 GB; give more memory, or take a smaller picture or half precision" in message
+    assert "one edit of 64 by 64 latents needs 2.36 GB (weights 2.00 GB, " in message
+    assert "the budget is 2.36 GB; give more memory, or take a smaller picture or half precision" in message
 
 
 def test_without_a_budget_the_batch_is_fixed():

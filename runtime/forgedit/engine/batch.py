@@ -132,7 +132,7 @@ def travel(
 ) -> Travelled:
     """As Editor.travel says. prompts: the embedding of each leg; nothing: of the empty prompt; all [1, T, D]"""
     with progress.stage("forget"):
-        path.load(weakref.ref(session), _of_unet(session), strategy, keep)
+        path.load(weakref.ref(session), unet_weights(session), strategy, keep)
     latents = start
     with progress.stage("sample") as report:
         total, before = sum(len(leg.schedule.timesteps) for leg in legs), 0
@@ -150,7 +150,8 @@ def travel(
     return Travelled(image, latents, progress.seconds)
 
 
-def _of_unet(session: Session) -> dict[str, Tensor]:
+def unet_weights(session: Session) -> dict[str, Tensor]:
+    """What the session learned of the UNet, by names prefixed 'unet.'."""
     return {name: weight for name, weight in session.tuned.items() if name.startswith("unet.")}
 
 
@@ -177,7 +178,7 @@ def make_batch(
     with progress.stage("blend"):
         embeddings = path.blend(session.embedding, prompt.embedding, configs)
     with progress.stage("forget"):
-        path.load(weakref.ref(session), _of_unet(session), configs[0].strategy, configs[0].keep)
+        path.load(weakref.ref(session), unet_weights(session), configs[0].strategy, configs[0].keep)
     with progress.stage("sample") as report:
         latents = path.sample(embeddings, nothing.embedding, shape, configs, report)
         sane = (latents.abs() < MOST_LATENT).flatten(1).all(dim=1).tolist()  # waits for a GPU: the seconds are its own

@@ -1,12 +1,13 @@
-"""How many edits are sampled together: the memory that sampling needs, from the architecture, before anything runs.
+"""How many edits are sampled together, and how they are decoded: the memory needed, from the architecture, before
+anything runs.
 
 Activations are counted in elements at the worst moment of a forward pass, as diffusers' modules hold them: a UNet holds
 its skip connections, the map that a block was given, and what the layer at work holds. The fused engine holds less.
 
 - On the way up every level holds more than on the way down, as its skip connections are complete and it joins them. So
   only the middle and the way up are looked at.
-- A ResNet block holds its input, and beside it two maps like it (normed, activated), or at its end four like its
-  output: the last convolution's, the shortcut's, their sum, and that divided. In a UNet the two weigh more.
+- A ResNet block holds its input, and beside it two maps like it (normed, activated). Its end, see engine.vae_plan,
+  weighs less in a UNet.
 - A transformer holds 21 maps of its width while it multiplies by its gate: the map given, its tokens, the sum after the
   attentions, the last attention's output, the normed tokens, the doubled hidden layer (8), the gate's GELU (4), and the
   product (4). Attention itself holds less, as no backend in use keeps its scores.
@@ -20,10 +21,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
+
+from forgedit.engine.vae_plan import VAECost, choose_rows
 
 CPU_EDITS = 8  # together, where no budget is set: more gain little on a CPU, and make the first picture wait
 MOST_EDITS = 64  # together, whatever the budget
@@ -47,6 +50,7 @@ class SamplingPlan:
     batch: edits sampled together
     weights: what lies there already; latents: with the UNet's input, its answer and the embeddings
     activations: of the UNet; prompts: cached keys and values of the cross-attentions; decode: of the VAE
+    decode_rows: of a band, if pictures are decoded in bands, and then one by one; None for whole
     """
 
     batch: int
@@ -55,6 +59,7 @@ class SamplingPlan:
     activations: int
     prompts: int
     decode: int
+    decode_rows: int | None = None
 
     @property
     def peak(self) -> int:
@@ -75,8 +80,9 @@ def plan_sampling(
     guided: bool = True,
     decode_batch: int = 1,
     most: int = MOST_EDITS,
+    copies: bool = False,
 ) -> SamplingPlan:
-    """The largest batch of edits whose predicted peak fits the budget.
+    """The largest batch of edits whose predicted peak fits the budget; decoded whole if that fits with one edit.
 
     unet, vae: diffusers' configurations of a Stable Diffusion 1.x or 2.x
     height, width: of the latents; itemsize: bytes an element of the UNet's and VAE's dtype
@@ -85,9 +91,11 @@ def plan_sampling(
     budget: bytes in all, see parse_bytes and device_budget; None takes CPU_EDITS
     tokens: of a prompt; guided: two rows of the UNet's batch an edit, else one
     decode_batch: pictures decoded together, at most; most: edits together, at most
+    copies: the VAE's convolutions copy, see VAECost
     Raises: RuntimeError if not even one edit fits
     """
     rows = 2 if guided else 1
+    decoding = partial(VAECost(vae, itemsize, copies).decode, height, width)
     area = unet["in_channels"] * height * width
     embeddings = tokens * unet["cross_attention_dim"]
     one = SamplingPlan(
@@ -96,10 +104,13 @@ def plan_sampling(
         latents=_LATENTS * 4 * area + itemsize * rows * (2 * area + embeddings),
         activations=itemsize * rows * unet_activations(unet, height, width),
         prompts=itemsize * rows * tokens * prompt_channels(unet),
-        decode=itemsize * decode_activations(vae, height, width),
+        decode=decoding(None),
     )
     if budget is None:
         return _times(one, min(CPU_EDITS, most), decode_batch)
+    picture = height << (len(vae["block_out_channels"]) - 1)
+    decode_rows, needed = choose_rows(decoding, picture, budget - (one.peak - one.decode))
+    one = replace(one, decode=needed, decode_rows=decode_rows)
     if one.peak > budget:
         parts = ("weights", "latents", "activations", "prompts", "decode")
         shares = ", ".join(f"{name} {show_bytes(getattr(one, name))}" for name in parts)
@@ -118,7 +129,7 @@ def _times(one: SamplingPlan, batch: int, decode_batch: int) -> SamplingPlan:
         latents=batch * one.latents,
         activations=batch * one.activations,
         prompts=batch * one.prompts,
-        decode=min(batch, decode_batch) * one.decode,
+        decode=one.decode * (min(batch, decode_batch) if one.decode_rows is None else 1),
     )
 
 
@@ -165,20 +176,6 @@ def prompt_channels(config: Mapping[str, Any]) -> int:
         if "CrossAttn" in name
     )
     return 2 * (down + channels[-1] + up)
-
-
-def decode_activations(config: Mapping[str, Any], height: int, width: int) -> int:
-    """Elements that decoding one picture holds at its worst moment, its latents unscaled and converted among them.
-
-    config: of an AutoencoderKL; height, width: of the latents
-    """
-    channels = config["block_out_channels"][::-1]
-    end = [9] * (len(channels) - 1) + [4]  # maps of a level's width: before the next a map is enlarged, and convolved
-    moments = [
-        height * width * 4**level * (before + max(2 * before, end[level] * c))
-        for level, (before, c) in enumerate(pairwise((channels[0], *channels)))
-    ]
-    return 2 * config["latent_channels"] * height * width + max(moments)
 
 
 def _pixels(height: int, width: int, levels: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,6 +36,10 @@ class Reference:
     def max_edits(self, shape: tuple[int, int, int]) -> int:
         """How many edits sample takes together, for latents of `shape`."""
         return 1
+
+    def encoder(self, width: int, height: int, given: int | None) -> Any:
+        """The VAE that encodes a photo, whatever its size."""
+        return self._model.vae
 
     def learn(self, inputs: TuneInputs) -> Learned:
         """As Tuner.learn, on the model's own modules. Raises: ValueError for a mode or a budget of the engine's"""

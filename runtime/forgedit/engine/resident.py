@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,16 +16,20 @@ from forgedit.config import EditConfig
 from forgedit.engine.graphs import GraphCache
 from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.parking import Parking
-from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling
+from forgedit.engine.plan import MOST_EDITS, SamplingPlan, device_budget, plan_sampling, show_bytes
 from forgedit.engine.sampler import Sampler, Schedule, ddim_schedule, solver_schedule
 from forgedit.engine.tune_inputs import Learned, TuneInputs
 from forgedit.engine.tuner import Tuner
+from forgedit.engine.vae_plan import VAECost, choose_rows, in_words
 from forgedit.engine.weights import lay_out
 from forgedit.model import Model
 from forgedit.model.schedulers import make_scheduler
+from forgedit.model.vae_bands import BandedVAE
 from forgedit.stages.decode import decode_latents
 from forgedit.stages.sample import clean_and_noise
 from forgedit_kernels import backend_for, blend_embeddings
+
+log = logging.getLogger("forgedit")
 
 DECODE_TOGETHER = 4  # pictures: the VAE's features are large, and few of them fill a device
 
@@ -58,6 +63,7 @@ class Resident:
         self._schedules: dict[tuple[str, int], Schedule] = {}
         self._memory_bytes, self._most = memory_bytes, MOST_EDITS
         self._plans: dict[tuple[int, int, int], SamplingPlan] = {}
+        self._encodings: dict[tuple[int, int, int | None], tuple[int | None, int]] = {}
         self._vae: Any = model.vae
         if self._dtype != torch.float32:
             half: Any = copy.deepcopy(model.vae)
@@ -70,24 +76,60 @@ class Resident:
         return min(self._plans[shape].batch, self._most)
 
     def plan(self, shape: tuple[int, int, int]) -> SamplingPlan:
-        """What sampling of latents of `shape` is predicted to hold. Raises: RuntimeError if not even one edit fits."""
+        """What sampling of latents of `shape` is predicted to hold; logged if there is a budget.
+
+        Raises: RuntimeError if not even one edit fits
+        """
         device, model = self._unet.device, self._model
-        if device.type == "cuda":
-            held = torch.cuda.memory_allocated(device)
-        else:
-            modules = (model.unet, model.vae, model.text_encoder)
-            kept = [*self._unet.weights.values(), *(weight for part in modules for weight in part.parameters())]
-            held = sum(weight.nbytes for weight in kept)
-        return plan_sampling(
+        budget = self._memory_bytes or device_budget(device)
+        plan = plan_sampling(
             model.unet.config,
             model.vae.config,
             *shape[1:],
             itemsize=self._dtype.itemsize,
-            weights=held,
-            budget=self._memory_bytes or device_budget(device),
+            weights=self._held(),
+            budget=budget,
             tokens=model.tokenizer.model_max_length,
             decode_batch=DECODE_TOGETHER,
+            copies=device.type == "cpu" and self._vae is model.vae,  # which is contiguous
         )
+        if budget is not None:
+            peak, way = f"{show_bytes(plan.peak)} of {show_bytes(budget)}", in_words(plan.decode_rows)
+            log.info("sample: %d edits at once, decoded %s; predicted at most: %s", plan.batch, way, peak)
+        return plan
+
+    def _held(self) -> int:
+        """Bytes that lie on the device: on a GPU whatever this process holds, on a CPU all weights."""
+        if self._unet.device.type == "cuda":
+            return torch.cuda.memory_allocated(self._unet.device)
+        model = self._model
+        parts = (model.unet, model.vae, model.text_encoder, model.captioner, self._vae)
+        kept = {id(w): w.nbytes for part in parts if part is not None for w in part.parameters()}
+        return sum(kept.values()) + sum(w.nbytes for w in self._unet.weights.values())
+
+    def encoder(self, width: int, height: int, given: int | None) -> Any:
+        """The VAE that encodes a photo: whole, or where the budget wants it, in bands. Planned and logged once a size.
+
+        width, height: pixels; given: TuneConfig.memory_bytes
+        If not even the smallest bands fit, it is these, with a warning: learning mostly needs more, and then refuses.
+        """
+        device, vae = self._unet.device, self._model.vae
+        budget = given or self._memory_bytes or device_budget(device)
+        if budget is None:
+            return vae
+        key = width, height, given
+        if key not in self._encodings:
+            self.release()  # its memory is there to be planned with
+            needed = partial(VAECost(vae.config, 4, copies=device.type == "cpu").encode, height, width)
+            self._encodings[key] = choose_rows(needed, height, budget - self._held())
+            rows, peak = self._encodings[key]
+            told = f"{show_bytes(self._held() + peak)} of {show_bytes(budget)}"
+            level = logging.INFO if self._held() + peak <= budget else logging.WARNING
+            log.log(level, "encode: %s; predicted at most: %s", in_words(rows), told)
+        rows, peak = self._encodings[key]
+        if device.type == "cpu" or self._held() + peak > budget:  # on a CPU nobody counts what learning keeps
+            self.release()
+        return vae if rows is None else BandedVAE(vae, rows)
 
     def learn(self, inputs: TuneInputs) -> Learned:
         """As Tuner.learn says; it writes the weights that edits are sampled on."""
@@ -165,9 +207,15 @@ class Resident:
         return clean_and_noise(noisy, answers, alphas, self._model.prediction_type)[1]
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of latents [B, C, h, w]."""
-        parts = latents.split(DECODE_TOGETHER)
-        return [image for part in parts for image in decode_latents(part, self._vae).images]
+        """Pictures of latents [B, C, h, w], as planned for their shape: in bands they are decoded one by one.
+
+        Raises: RuntimeError if no plan of that shape fits
+        """
+        _, channels, height, width = latents.shape
+        self.max_edits((channels, height, width))
+        rows = self._plans[channels, height, width].decode_rows
+        vae, together = (self._vae, DECODE_TOGETHER) if rows is None else (BandedVAE(self._vae, rows), 1)
+        return [image for part in latents.split(together) for image in decode_latents(part, vae).images]
 
     def reset(self) -> None:
         """Nothing: the working UNet is not this one's."""

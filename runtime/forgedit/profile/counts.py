@@ -41,8 +41,8 @@ class Count:
 class Counter(TorchDispatchMode):
     """Counts the ops that run inside `with Counter() as counter:`, those of a backward pass included.
 
-    phases: by the outermost range of ours around the ops, '' where there is none. Kernels that are not torch's ops,
-        such as Triton's, are not seen.
+    phases: by the outermost range of ours around the ops, '' where there is none. Kernels that are not torch's ops are
+        not seen: native ones tell the trace what they do (forgedit_kernels.native_work), Triton's run in graphs.
     """
 
     def __init__(self) -> None:

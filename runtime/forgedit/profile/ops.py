@@ -1,12 +1,14 @@
 """The table: seconds from the trace, FLOPs and bytes from the counter, the floor from both, by phase, op and shapes.
 
+What native ops of ours must do stands in the trace itself: a Counter does not see them.
+
 On a CPU the seconds are the host's: in the ops, in torch's way to them (dispatch), and between them (python); together
 they are the phase's. On a GPU they are its kernels'; what is left of the phase is idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from forgedit.profile.counts import ALLOCATING, Count, Key
@@ -70,11 +72,11 @@ def build_table(
 ) -> tuple[list[PhaseRow], list[OpRow]]:
     """Phases in order, repeated ones in one row; each phase's ops, the slowest first.
 
-    counted: of the same work, by Counter
+    counted: of the same work, by Counter; native ops told theirs themselves
     whole: likewise, where torch's own ops did all of it: from there are a phase's FLOPs, bytes and floor; None if
         that is `counted`
     """
-    on_gpu = any(span.kernels for phase in phases for root in (phase.span, *phase.elsewhere) for span in root.walk())
+    on_gpu = any(span.kernels for phase in phases for span in phase.walk())
     names = {name for counts in counted.values() for name, _ in counts}
     rows: dict[str, PhaseRow] = {}
     ops: dict[tuple[str, str], OpRow] = {}
@@ -89,9 +91,13 @@ def build_table(
             if is_op:
                 seconds = sum(kernel.seconds for kernel in launched) if on_gpu else span.seconds
                 op = ops.setdefault((phase.name, span.name), OpRow(phase=phase.name, op=span.name))
+                own = told(span)
                 # torch adds in place where a Counter is not looking, as in `linear`: the same work
                 same = counts.get((span.name, span.shapes)) or counts.get((span.name.rstrip("_"), span.shapes))
-                _add_call(op, span, same, seconds, roofline)
+                same = same or (None if span.shapes else _of_a_long_list(span.name, counts))
+                _add_call(op, span, own or same, seconds, roofline)
+                if own is not None and whole is None:
+                    row.add(_work(own, 1, roofline))
                 for kernel in launched:
                     op.kernels[kernel.name] = op.kernels.get(kernel.name, 0.0) + kernel.seconds
                 continue
@@ -105,10 +111,22 @@ def build_table(
         if on_gpu:
             row.idle_seconds += max(phase.span.seconds - _busy_seconds(busy), 0.0)
     for name, row in rows.items():
-        for count in (whole or counted).get(name, {}).values():
+        for count in (counted if whole is None else whole).get(name, {}).values():
             row.add(_work(count, count.calls, roofline))
     order = list(rows)
     return list(rows.values()), sorted(ops.values(), key=lambda op: (order.index(op.phase), -op.seconds))
+
+
+def _of_a_long_list(name: str, counts: Mapping[Key, Count]) -> Count | None:
+    """The one count of an op by name: of hundreds of tensors given as a list the profiler records no shapes."""
+    found = [count for (other, _), count in counts.items() if other == name]
+    return found[0] if len(found) == 1 else None
+
+
+def told(span: Span) -> Count | None:
+    """What a native op said of its call; None for other spans."""
+    work = span.work
+    return None if work is None else Count(1, work.flops, work.num_bytes, work.dtype)
 
 
 def _ops_and_rest(root: Span, names: set[str]) -> Iterator[tuple[Span, bool]]:

@@ -12,7 +12,7 @@ from forgedit.editor import Editor
 from forgedit.errors import InputError
 from forgedit.profile.counts import Counter
 from forgedit.profile.latency import Marks, percentiles, time_batches, time_unet
-from forgedit.profile.ops import OpRow, PhaseRow, build_table
+from forgedit.profile.ops import OpRow, PhaseRow, build_table, told
 from forgedit.profile.roofline import Roofline, describe_machine, measure_roofline
 from forgedit.profile.trace import read_phases, recording
 from forgedit.progress import OnStep, StepEvent, wait
@@ -66,7 +66,7 @@ def profile_edit(
     edits: warm ones to time; traced_steps: denoising steps of the edit that is traced, and of those made together
     batches: numbers of edits to make together, and of rows of a call of the model's own UNet
     counted: an editor with the same model's weights whose ops are all torch's own, to count the phases' FLOPs and
-        bytes on, where `editor` runs kernels that are not; None for `editor` itself
+        bytes on, where `editor` runs work that nobody sees, as in captured graphs; None for `editor` itself
     on_step: as Editor.tune takes it; say: is told what comes next
     Raises: InputError for the photo, the target or a number out of range; RuntimeError if a profiler is at work; what
         Editor.tune and Editor.edit raise
@@ -103,15 +103,17 @@ def profile_edit(
     say("counted: the same")
     with Counter() as counter:
         work(editor, on_step)
-    whole = counter
+    whole: Counter | None = None
     if counted is not None:
         with Counter() as whole:
             work(counted, on_step)
     say("measured: the roofline; " + ", ".join(map(str, batches)) + " edits together, and rows of the UNet")
-    both = [*counter.phases.values(), *whole.phases.values()]
+    both = [*counter.phases.values(), *(whole.phases.values() if whole else ())]
     counts = [(name, count) for phase in both for (name, _), count in phase.items()]
+    traced = read_phases(trace)
+    counts += [(span.name, own) for phase in traced for span in phase.walk() if (own := told(span))]
     roofline = measure_roofline(device, {count.dtype for _, count in counts if count.flops})
-    phases, ops = build_table(read_phases(trace), counter.phases, roofline, whole.phases)
+    phases, ops = build_table(traced, counter.phases, roofline, whole.phases if whole else None)
     with_flops = {name for name, count in counts if count.flops is not None}
     return Profile(
         facts={

@@ -18,6 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from forgedit.progress import PREFIX, quiet_profiler
+from forgedit_kernels.dispatch import RANGE
+from forgedit_kernels.native_work import Work
 
 ON_HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -39,6 +41,7 @@ class Span:
 
     start: seconds since the trace's origin; seconds: it took, its children included
     shapes: of the tensors it was given; kernels: launched by it and by none of its children
+    work: what a native op of ours must do, as it told; None for others
     """
 
     name: str
@@ -48,6 +51,7 @@ class Span:
     shapes: tuple[tuple[int, ...], ...] = ()
     children: list[Span] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    work: Work | None = None
 
     @property
     def end(self) -> float:
@@ -74,6 +78,11 @@ class Phase:
     name: str
     span: Span
     elsewhere: list[Span]
+
+    def walk(self) -> Iterator[Span]:
+        """All that ran meanwhile, itself included."""
+        for root in (self.span, *self.elsewhere):
+            yield from root.walk()
 
 
 @contextmanager
@@ -140,6 +149,9 @@ def _read_spans(events: list[dict[str, Any]]) -> dict[object, list[Span]]:
     for event in host:
         args, thread = event["args"], event["tid"]
         span = Span(event["name"], event["cat"], event["ts"] / 1e6, event["dur"] / 1e6, _shapes(args))
+        if span.name.startswith(RANGE) and "bytes" in args:
+            span.work = Work.read(args)
+            span.shapes = span.work.shapes
         stack = opened.setdefault(thread, [])
         while stack and stack[-1].end <= span.start:
             stack.pop()

@@ -69,7 +69,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One rung's edit, and what was found of it."""
+    """One rung's edit, and the verdict on it."""
 
     edit: Edit
     verdict: Verdict

@@ -48,16 +48,16 @@ UPRIGHT = {
 log = logging.getLogger("forgedit")
 
 
-def open_photo(photo: Photo) -> Image.Image:
+def open_photo(photo: Photo, what: str = "photo") -> Image.Image:
     """The photo upright, in 8-bit sRGB, without metadata: RGB, or RGBA where part of it is transparent.
 
-    photo: a path to a JPEG, PNG or WebP file, or a PIL image, which is left as it is
+    photo: a path to a JPEG, PNG or WebP file, or a PIL image, which is left as it is; what: messages call it that
     An EXIF orientation and an ICC profile are applied; a profile that cannot be is ignored with a warning. 16-bit grey
     is scaled, CMYK without a profile converted as Pillow does.
     Raises: InputError if it is not such a photo, damaged, animated, over 64 megapixels (seen before it is decoded),
         or has a side under 16 pixels
     """
-    name = "the photo" if isinstance(photo, Image.Image) else f"the photo {str(photo)!r}"
+    name = f"the {what}" if isinstance(photo, Image.Image) else f"the {what} {str(photo)!r}"
     try:
         if isinstance(photo, Image.Image):
             _check(photo, name)
