@@ -79,7 +79,9 @@ def lines(trials: Sequence[Trial], config: ChooseConfig) -> list[Line]:
     alone = {rung: torch.tensor([trial.edits[rung][1] for trial in trials]).float() for rung in LADDER}
     best = max(alone, key=lambda rung: float(alone[rung].mean()))
     oracle = torch.tensor([any(mark for _, mark in trial.edits.values()) for trial in trials]).float()
-    within = torch.tensor([any(trial.edits[rung][1] for rung in config.ladder) for trial in trials]).float()
+    within = torch.tensor(
+        [any(mark for rung, (_, mark) in trial.edits.items() if rung in config.ladder) for trial in trials]
+    ).float()
     share = float(ours.mean() / oracle.mean())
     return [
         Line("chosen", "accepted", bootstrap(ours)),
@@ -87,7 +89,7 @@ def lines(trials: Sequence[Trial], config: ChooseConfig) -> list[Line]:
         Line("chosen", "share of the best of all edits", Figure(share, share, share, len(trials)), at_least=0.9),
         Line("chosen above the best single setting", f"accepted, {best}", paired(ours, alone[best]), at_least=0.10),
         Line("best of all edits", "accepted", bootstrap(oracle)),
-        Line("best of the ladder's edits", "accepted", bootstrap(within)),
+        Line("best of the ladder's edits", "accepted", bootstrap(within.float())),
         *(Line(f"alone {rung}", "accepted", bootstrap(marks)) for rung, marks in alone.items()),
     ]
 

@@ -340,9 +340,8 @@ class ChooseConfig:
 
     def __post_init__(self) -> None:
         _require(not isinstance(self.ladder, str) and len(self.ladder) > 0, "ladder", self.ladder, "at least one rung")
-        object.__setattr__(self, "ladder", tuple(self.ladder))
-        for rung in self.ladder:
-            parse_rung(rung)
+        written = tuple(format_rung(EditConfig(**parse_rung(rung))) for rung in self.ladder)  # one way, to be compared
+        object.__setattr__(self, "ladder", written)
         for field in ("max_edits", "at_once"):
             _whole(field, getattr(self, field), 1)
         if self.budget_s is not None:

@@ -107,6 +107,14 @@ def test_a_rung_is_written_as_it_is_read(rung):
     assert format_rung(EditConfig(**parse_rung(rung))) == rung
 
 
+def test_a_ladder_is_written_one_way():
+    """A rung is found among the edits however it was spelled."""
+    config = ChooseConfig(ladder=("none:1.0", "none:01.30:0", "none:0.90+1.3:1"))
+    assert config.ladder == ("none:1", "none:1.3", "none:0.9+1.3:1")
+    trial = Trial("a", {"none:1": (evidence(0.3, 99), True)})
+    assert outcome([trial], replace(config, ladder=("none:1.00",))).accepted == 1
+
+
 def test_a_profile_is_read_again_and_others_are_refused(tmp_path):
     found, path = calibrate(trials(), START), tmp_path / "profile.json"
     write_profile(found, "colours", path)
