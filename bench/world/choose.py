@@ -34,8 +34,9 @@ from forgedit.world.render import changed_mask, render
 from forgedit.world.score import Figure, score, to_pixels
 
 LADDER = (
-    *(f"none:{gamma}{seed}" for gamma in (0.8, 1, 1.2) for seed in ("", ":1", ":2")),
-    *(f"encoderattn:{gamma}{seed}" for gamma in (0.8, 1, 1.2) for seed in ("", ":1")),
+    *(f"none:{gamma}{seed}" for gamma in (0.8, 1, 1.2) for seed in ("", ":1")),
+    *("none:1:2", "none:1+1.2"),
+    *("encoderattn:1", "encoderattn:1:1", "encoderattn:1.2"),
     *(f"decoderattn:{gamma}" for gamma in (0.8, 1, 1.2)),
 )
 

@@ -105,9 +105,20 @@ class Maker:
             if not setting.tuned:
                 self._keep(pair, setting, self._untuned(pair).edit(target, setting.edit))
         if tuned:
-            session = self.editor.tune(self.photos[pair], replace(self.tune, caption=self.captions[pair]))
-            for setting, edit in zip(tuned, self.editor.edits(session, target, [s.edit for s in tuned]), strict=True):
+            edits = self.editor.edits(self.session(pair), target, [setting.edit for setting in tuned])
+            for setting, edit in zip(tuned, edits, strict=True):
                 self._keep(pair, setting, edit)
+
+    def session(self, pair: int) -> Session:
+        """The pair's photo, learned once and kept in a file, as other settings will want it too."""
+        settings = [self.editor.numerics, self.captions[pair], asdict(self.tune)]
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        path = self.folder / f"{pair:04d}-{key}.safetensors"
+        if path.exists():
+            return self.editor.load_session(path)
+        session = self.editor.tune(self.photos[pair], replace(self.tune, caption=self.captions[pair]))
+        session.save(path)
+        return session
 
     def _keep(self, pair: int, setting: Setting, edit: Edit) -> None:
         partial = self.path(pair, setting).with_suffix(".partial")
