@@ -12,8 +12,10 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -80,19 +82,34 @@ def held_out_pairs(n: int, seed: int) -> Edits:
 
 
 class Maker:
-    """Makes and keeps the pictures of one model, world seed and tuning configuration."""
+    """Makes and keeps the pictures of one model, world seed and tuning configuration.
 
-    def __init__(self, editor: Editor, edits: Edits, tune: TuneConfig, folder: Path) -> None:
-        self.editor, self.edits, self.tune, self.folder = editor, edits, tune, folder
+    source: what each photo is learned under, in place of the captioner's words
+    delta: how a session is written before it edits, one of DELTA_FORMATS
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        edits: Edits,
+        tune: TuneConfig,
+        folder: Path,
+        source: Sequence[str] | None = None,
+        delta: str = "fp32",
+    ) -> None:
+        self.editor, self.edits, self.tune, self.folder, self.delta = editor, edits, tune, folder, delta
         self.photos = to_images(render(edits.source, editor.model.resolution)[0])
         self.captions, self.targets = captions(edits.source), captions(edits.target)
-        if editor.model.captioner is not None:
+        if source is not None:
+            self.captions = list(source)
+        elif editor.model.captioner is not None:
             self.captions = describe(editor.model.captioner, editor.model.processor, self.photos)
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, pair: int, setting: Setting) -> Path:
         """Named by everything the picture depends on beside the folder's model and seed."""
-        tuned = [self.captions[pair], asdict(self.tune)] if setting.tuned else None
+        rounded = [] if self.delta == "fp32" else [self.delta]
+        tuned = [self.captions[pair], asdict(self.tune), *rounded] if setting.tuned else None
         key = json.dumps([self.targets[pair], tuned, asdict(setting.edit)], sort_keys=True)
         return self.folder / f"{pair:04d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
 
@@ -105,7 +122,8 @@ class Maker:
             if not setting.tuned:
                 self._keep(pair, setting, self._untuned(pair).edit(target, setting.edit))
         if tuned:
-            edits = self.editor.edits(self.session(pair), target, [setting.edit for setting in tuned])
+            session = self._rounded(pair, self.session(pair))
+            edits = self.editor.edits(session, target, [setting.edit for setting in tuned])
             for setting, edit in zip(tuned, edits, strict=True):
                 self._keep(pair, setting, edit)
 
@@ -119,6 +137,14 @@ class Maker:
         session = self.editor.tune(self.photos[pair], replace(self.tune, caption=self.captions[pair]))
         session.save(path)
         return session
+
+    def _rounded(self, pair: int, session: Session) -> Session:
+        """As a file of the delta's format brings it back."""
+        if self.delta == "fp32":
+            return session
+        with TemporaryDirectory() as folder:
+            saved = session.save(Path(folder) / f"{pair:04d}.safetensors", self.delta)
+            return self.editor.load_session(saved.path)
 
     def _keep(self, pair: int, setting: Setting, edit: Edit) -> None:
         partial = self.path(pair, setting).with_suffix(".partial")
