@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ from typing import Any
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless", "--remote-debugging-pipe", "--disable-gpu", "--hide-scrollbars", "--no-first-run")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic")
+# The browser reads from descriptor 3 and writes to 4, whatever numbers the pipes have; a shell may know only one digit.
+AS_3_AND_4 = """
+import fcntl, os, sys
+theirs_out = fcntl.fcntl(int(sys.argv[2]), fcntl.F_DUPFD, 10)
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(theirs_out, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 60  # seconds for one answer on a busy machine
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Tab": 9, "Enter": 13}
 
@@ -137,11 +146,10 @@ def running_browser(program: str) -> Iterator[Browser]:
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     flags = [*FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])]  # Chromium's sandbox refuses root
-    # it reads from descriptor 3 and writes to 4
-    shell = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', program, *flags]
+    start = [sys.executable, "-c", AS_3_AND_4, str(theirs_in), str(theirs_out), program, *flags]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, open(os.devnull, "wb") as nowhere:
         child = subprocess.Popen(
-            [*shell, f"--user-data-dir={profile}"], pass_fds=(theirs_in, theirs_out), stdout=nowhere, stderr=nowhere
+            [*start, f"--user-data-dir={profile}"], pass_fds=(theirs_in, theirs_out), stdout=nowhere, stderr=nowhere
         )
         os.close(theirs_in)
         os.close(theirs_out)
