@@ -13,7 +13,7 @@
 
   const move = () => {
     compare.style.setProperty("--at", `${slider.value}%`);
-    slider.setAttribute("aria-valuetext", `${Math.round(slider.value)} % original`);
+    slider.setAttribute("aria-valuetext", `${Math.round(slider.value)} % original, the rest ${label.textContent}`);
   };
   compare.closest(".first").style.setProperty("--ratio", compare.dataset.width / compare.dataset.height);
   slider.addEventListener("input", move);
@@ -25,6 +25,7 @@
     image.alt = picture.alt;
     label.textContent = picture.label;
     back.hidden = picture === edit;
+    move();
   };
   back.querySelector("button").addEventListener("click", () => {
     lay(edit);

@@ -176,7 +176,7 @@ def _compare(page: Page, sweep: Sequence[Embedded]) -> Markup:
             type="range",
             min=0,
             max=100,
-            step=0.5,
+            step="any",
             value=50,
             autocomplete="off",
             aria_label="Share of the original that is shown, from the left",
@@ -233,10 +233,10 @@ def _grid(page: Page, pictures: Sequence[Embedded]) -> Markup:
         is_chosen = index == page.chosen
         caption = [element("p", "Chosen", class_="mark")] if is_chosen else []
         caption.append(element("h3", shown.label, dir="auto"))
-        if shown.rejected:
-            caption.append(element("p", shown.rejected, class_="rejected", dir="auto"))
         present = [score for score in scores if score.name in shown.scores]
         caption.append(_scores(present, shown.scores, best))
+        if shown.rejected:
+            caption.append(element("p", shown.rejected, class_="rejected", dir="auto"))
         if shown.settings:
             summary = element("summary", "Settings", element("span", f" of {shown.label}", class_="unseen"))
             caption.append(element("details", summary, _names_and_values(shown.settings)))
@@ -288,7 +288,7 @@ def _scores(
 
 
 def _again(page: Page) -> Markup:
-    parts = [element("pre", element("code", page.command))] if page.command else []
+    parts = [element("pre", element("code", *_unbroken(page.command)))] if page.command else []
     groups = [
         element("div", element("h3", title), _names_and_values(values))
         for title, values in page.facts.items()
@@ -297,6 +297,12 @@ def _again(page: Page) -> Markup:
     if groups:
         parts.append(element("div", join(groups), class_="facts"))
     return _section("To make it again", *parts) if parts else Markup()
+
+
+def _unbroken(command: str) -> list[str]:
+    """Its words, each in one piece: a line would otherwise end after a flag's hyphens."""
+    words = [element("span", word) for word in command.split(" ")]
+    return [part for word in words for part in (word, " ")][:-1]
 
 
 def _times(page: Page) -> Markup:
