@@ -1,8 +1,9 @@
 """Forgedit and other methods on the bundled model, each with and without forgetting: `python -m bench.world.baselines`.
 
 Made and kept like the pictures of evaluate.py, with their seconds beside them: a run that was stopped goes on where it
-was, and `--shard i/n --make-only` splits the pairs among processes. `--rungs` makes the settings that each method's
-strength is chosen from instead; they are ranked by how near the pictures come to the true edit, never by the judge.
+was, and `--shard i/n --make-only` splits the pairs among processes. What Forgedit learned is shared with choose.py and
+findings.py. `--rungs` makes the settings that each method's strength is chosen from instead; they are ranked by how
+near the pictures come to the true edit, never by the judge.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from forgedit.evaluate.baselines import (
     Untuned,
 )
 from forgedit.evaluate.bootstrap import paired
+from forgedit.evaluate.world import LEAST_OUTSIDE_DB
 from forgedit.world.judge import JUDGE, Judge, load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import Edits
@@ -98,14 +100,20 @@ class Kept:
             target, learning = maker.targets[pair], repr(arm.baseline.learning)
             if learning not in sessions:
                 sessions = {}  # of one learning at a time
-                photo, caption = maker.photos[pair], maker.captions[pair]
-                sessions[learning] = arm.baseline.learn(maker.editor, photo, caption, target)
+                sessions[learning] = self._learn(pair, arm.baseline)
             session = sessions[learning]
             made = arm.baseline.make(session, target, replace(self.edit, strategy=arm.strategy))
             seconds = {"picture": made.seconds, "tune": session.seconds["tune"], "losses": session.losses}
             path.with_suffix(".json").write_text(json.dumps(seconds), encoding="utf-8")
             made.image.save(path.with_suffix(".partial"), format="PNG")
             path.with_suffix(".partial").replace(path)
+
+    def _learn(self, pair: int, baseline: Baseline) -> Session:
+        """Forgedit's own sessions are the maker's, which keeps them."""
+        maker = self.maker
+        if baseline.learning == Tuned():
+            return maker.session(pair)
+        return baseline.learn(maker.editor, maker.photos[pair], maker.captions[pair], maker.targets[pair])
 
     def complete(self, wanted: list[Arm], pairs: range) -> list[Arm]:
         return [arm for arm in wanted if all(self.path(pair, arm).exists() for pair in pairs)]
@@ -125,11 +133,17 @@ def both(scores: Scores) -> Tensor:
     return scores.success & scores.kept
 
 
+def accepted(scores: Scores) -> Tensor:
+    """bool [B]: both, and LEAST_OUTSIDE_DB left outside the true mask; NaN, nothing is outside, is no fault."""
+    return both(scores) & ~(scores.psnr_outside < LEAST_OUTSIDE_DB)
+
+
 def arm_lines(name: str, scores: Scores) -> list[Line]:
     return [
         Line(name, "success", rate(scores.success)),
         Line(name, "rest kept", rate(scores.kept)),
         Line(name, "success and kept", rate(both(scores))),
+        Line(name, "accepted", rate(accepted(scores))),
         Line(name, "PSNR outside", mean(scores.psnr_outside)),
     ]
 
@@ -140,12 +154,13 @@ def difference_lines(name: str, ours: Scores, theirs: Scores) -> list[Line]:
         Line(name, "success", paired(ours.success, theirs.success)),
         Line(name, "rest kept", paired(ours.kept, theirs.kept)),
         Line(name, "success and kept", paired(both(ours), both(theirs))),
+        Line(name, "accepted", paired(accepted(ours), accepted(theirs))),
         Line(name, "PSNR outside", paired(ours.psnr_outside, theirs.psnr_outside)),
     ]
 
 
 def lines(kept: Kept, judge: Judge, wanted: list[Arm], some: Edits, pairs: range) -> Iterator[Line]:
-    """Every arm, then forgetting against none for each baseline, and each baseline against Forgedit's default."""
+    """Every arm, then forgetting against none for each baseline, and each baseline against Forgedit; none forgotten."""
     resolution = kept.maker.editor.model.resolution
     source, _ = render(some.source, resolution)
     truth, _ = render(some.target, resolution)
@@ -163,6 +178,8 @@ def lines(kept: Kept, judge: Judge, wanted: list[Arm], some: Edits, pairs: range
         plain = f"{name}: none"
         if strategy not in ("", "none") and plain in scores:
             yield from difference_lines(f"{arm.name} above none", scores[arm.name], scores[plain])
+        elif name != "Forgedit" and "Forgedit: none" in scores:
+            yield from difference_lines(f"{arm.name} above Forgedit: none", scores[arm.name], scores["Forgedit: none"])
 
 
 def main() -> None:
@@ -171,11 +188,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=200, help="held-out pairs, a multiple of 5")
     parser.add_argument("--first", type=int, help="only the first of them (the kinds in turn)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--numerics", default="fast", help="'fast' shares what choose.py learned")
     parser.add_argument("--rungs", action="store_true", help="the settings to choose strengths from")
     parser.add_argument("--shard", default="0/1", help="i/n: make every n-th pair's pictures from the i-th on")
     parser.add_argument("--make-only", action="store_true", help="stop after making pictures")
     parser.add_argument("--judge", type=Path, default=JUDGE)
-    parser.add_argument("--work", type=Path, default=Path(".bench/world"), help="where pictures are kept")
+    parser.add_argument("--work", type=Path, default=Path(".bench/choose"), help="where pictures are kept")
     parser.add_argument("--out", type=Path, help="append rows to this JSON-lines file")
     parser.add_argument("--grid", type=Path, help="write a contact sheet of examples here")
     parser.add_argument("--threads", type=int, default=1)
@@ -183,10 +201,10 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     shard, shards = (int(part) for part in args.shard.split("/"))
-    editor = Editor.from_pretrained(args.model)
+    editor = Editor.from_pretrained(args.model, numerics=args.numerics)
     edits = held_out_pairs(args.pairs, args.seed)
     tune = editor.defaults.tune
-    folder = args.work / f"baselines-{editor.fingerprint[:12]}-{args.seed}-{args.pairs}"
+    folder = args.work / f"{editor.fingerprint[:12]}-{args.numerics}-{args.seed}-{args.pairs}"
     kept, wanted = Kept(Maker(editor, edits, tune, folder), editor.defaults.edit), rungs() if args.rungs else arms()
     pairs = range(min(args.first or args.pairs, args.pairs))
     started = time.perf_counter()
@@ -201,6 +219,7 @@ def main() -> None:
     print(report.table(found))
     if args.out:
         common = {"model": editor.fingerprint[:12], "pairs": len(pairs), "seed": args.seed, "tune": asdict(tune)}
+        common |= {"numerics": args.numerics, "question": "rungs" if args.rungs else "baselines"}
         configs = {arm.name: asdict(replace(kept.edit, strategy=arm.strategy)) for arm in wanted}
         report.write(found, args.out, common, configs)
     if args.grid:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.world import report
 from bench.world.aspects import colour_distance, structure
+from bench.world.baselines import accepted, both
 from bench.world.evaluate import Maker, Setting, held_out_pairs
 from bench.world.grid import contact_sheet
 from bench.world.questions import DECODER, ENCODER, Arm, Learned, Question, questions
@@ -101,7 +102,8 @@ def measures(arm: Arm, pictures: Tensor, truth: Truth) -> Measures:
     if arm.reconstructs:
         return {"PSNR to the photo": psnr(pictures, truth.source)} | found
     seen = score(truth.judge, pictures, truth.source, truth.changed, truth.edits)
-    counted = {"success": seen.success, "rest kept": seen.kept, "success and kept": seen.success & seen.kept}
+    counted = {"success": seen.success, "rest kept": seen.kept, "success and kept": both(seen)}
+    counted |= {"accepted": accepted(seen)}
     return counted | {"PSNR outside": seen.psnr_outside, "PSNR to the true edit": psnr(pictures, truth.target)} | found
 
 
@@ -119,7 +121,7 @@ def kind_lines(name: str, found: Measures, truth: Truth) -> Iterator[Line]:
     groups = {"structure edits": STRUCTURE, "appearance edits": APPEARANCE} | {kind: (kind,) for kind in KINDS}
     for words, kinds in groups.items():
         rows = truth.of_kinds(kinds)
-        for part in ("success", "success and kept", "PSNR outside"):
+        for part in ("success", "success and kept", "accepted", "PSNR outside"):
             if part in found:
                 yield Line(name, f"{part}, {words}", figure(found[part][rows]))
 

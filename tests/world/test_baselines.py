@@ -1,16 +1,17 @@
 """The comparison of methods: what is made, kept and counted."""
 
 import json
+import math
 import sys
 
 import pytest
 import torch
 
 from bench.world import baselines
-from bench.world.baselines import Arm, Kept, arms, both, rungs
+from bench.world.baselines import Arm, Kept, accepted, arms, both, rungs
 from bench.world.evaluate import Maker, held_out_pairs
 from forgedit import Editor
-from forgedit.evaluate.baselines import BASELINES, Baseline, SDEdit, Unchanged, Untuned
+from forgedit.evaluate.baselines import BASELINES, Baseline, SDEdit, Tuned, Unchanged, Untuned
 from forgedit.world.score import Scores
 
 FAST = [Arm("photo unchanged", Baseline(Untuned(), Unchanged())), Arm("SDEdit", Baseline(Untuned(), SDEdit(0.02)))]
@@ -31,6 +32,9 @@ def test_both_at_once() -> None:
     yes, no = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
     other = torch.zeros(4)
     assert both(Scores(yes, no, other, other, other)).tolist() == [True, False, False, False]
+    outside = torch.tensor([21.9, 22.0, math.nan, 30.0])
+    assert accepted(Scores(yes, yes, other, other, outside)).tolist() == [False, True, False, False]
+    assert accepted(Scores(~other.bool(), ~other.bool(), other, other, outside)).tolist() == [False, True, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,16 @@ def test_pictures_are_kept(editor, tmp_path) -> None:
     assert kept.path(0, FAST[0]) != kept.path(0, FAST[1]) and kept.pictures(FAST[1], range(1)).shape == (1, 3, 64, 64)
     assert kept.seconds(FAST[1], range(1), "picture") > 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_forgedit_learned_is_the_makers(editor, tmp_path, monkeypatch) -> None:
+    maker = Maker(editor, held_out_pairs(5, 1), editor.defaults.tune, tmp_path)
+    learned = Untuned().learn(editor, maker.photos[0], maker.captions[0], maker.targets[0])
+    asked: list[int] = []
+    monkeypatch.setattr(maker, "session", lambda pair: asked.append(pair) or learned)
+    kept = Kept(maker, editor.defaults.edit)
+    kept.make(0, [Arm("SDEdit, tuned: none", Baseline(Tuned(), Unchanged())), *FAST[:1]])
+    assert asked == [0] and len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_a_whole_comparison(tmp_path, monkeypatch, capsys) -> None:
