@@ -27,7 +27,7 @@ from forgedit.engine.numerics import NUMERICS
 from forgedit.engine.plan import parse_bytes
 from forgedit.errors import ForgeditError, InputError, SessionError
 from forgedit.evaluate.command import add_evaluate_flags, check_evaluation, run_evaluation
-from forgedit.flags import add_choose_flags, add_flags
+from forgedit.flags import add_choose_flags, add_flags, add_keep_flags
 from forgedit.job import check_job
 from forgedit.model.hub import is_hub_id
 from forgedit.profile import add_profile_flags, run_profile
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--delta", choices=DELTA_FORMATS, help=delta_help)
         if name == "edit":
             add_choose_flags(sub)
+            add_keep_flags(sub, with_session=True)
         add_flags(sub, kind)
         add_flags(sub, TuneConfig, prefix="tune_")
     sub = command("tune", "learn a photo and save it as a session")
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_calibrate_flags(command("calibrate", "find, from marked sweeps, what edits are chosen by"))
     sub = command("demo", "tune, edit and sweep the photo that comes with the model")
     sub.add_argument("--out", metavar="DIR", type=Path, default=Path("out/demo"))
+    add_keep_flags(sub, with_session=False)
     return parser
 
 

@@ -45,6 +45,42 @@ def add_choose_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--single", action="store_true", help="no choice: the one setting that the model recommends")
 
 
+def add_keep_flags(parser: argparse.ArgumentParser, with_session: bool) -> None:
+    """Of an edit outside which the photo stays as it is. with_session: whether the command takes one for a photo."""
+    group = parser.add_argument_group("the rest of the photo (each of the first three keeps its own bytes there)")
+    group.add_argument("--keep-outside", action="store_true", help="outside the mask that is found where it changed")
+    group.add_argument(
+        "--mask", metavar="FILE", type=Path, help="outside yours: a picture, black where the photo stays, else white"
+    )
+    group.add_argument(
+        "--rectangle", metavar="L,T,R,B", type=_rectangle, help="outside a rectangle, pixels of the upright photo"
+    )
+    group.add_argument(
+        "--feather",
+        metavar="PIXELS",
+        type=int,
+        help="inside the mask, over which the photo goes over into the edit; left out: one pixel of the edited size",
+    )
+    if with_session:
+        group.add_argument(
+            "--photo",
+            metavar="FILE",
+            type=Path,
+            dest="learned_photo",
+            help="the photo that a session learned, as it holds it at the edited size only",
+        )
+
+
+def _rectangle(text: str) -> tuple[int, int, int, int]:
+    try:
+        left, top, right, bottom = (int(side) for side in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"cannot read {text!r}; expected left,top,right,bottom in whole pixels, such as 10,20,200,180"
+        ) from error
+    return left, top, right, bottom
+
+
 def _seconds(text: str) -> float:
     try:
         return float(text.removesuffix("s"))

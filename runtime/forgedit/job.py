@@ -13,10 +13,12 @@ from PIL import Image
 
 from forgedit.calibrate.profile_file import read_profile
 from forgedit.config import ChooseConfig, EditConfig, TuneConfig, parse_strategy
+from forgedit.confine import Keep
 from forgedit.editor import Editor
 from forgedit.errors import InputError, ModelError
 from forgedit.flags import changed, given
 from forgedit.model.load import BUNDLED
+from forgedit.quality.change_mask import ChangeMask
 from forgedit.quality.choose import rungs
 from forgedit.stages.encode import check_target
 from forgedit.stages.photo import open_photo
@@ -32,7 +34,7 @@ class Job:
 
     photo: opened, or None where `path` is a session; target: '' for tune and caption
     out: folder for pictures and report; save: the session's file, delta: how it holds the weights
-    caption: for a model without a captioner
+    caption: for a model without a captioner; keep: what stays of the photo, None for nothing
     """
 
     path: Path
@@ -42,13 +44,14 @@ class Job:
     save: Path | None = None
     delta: str = "fp32"
     caption: str | None = None
+    keep: Keep | None = None
 
 
 def check_job(args: argparse.Namespace) -> Job:
     """Refuse what can be refused before a model is loaded.
 
-    Raises: InputError for photo, target, settings for a session, or a place that cannot be written to; ModelError if
-        the model has no demo
+    Raises: InputError for photo, mask, target, settings for a session, or a place that cannot be written to; ModelError
+        if the model has no demo
     """
     if args.command == "demo":
         return _demo(args)
@@ -65,11 +68,11 @@ def check_job(args: argparse.Namespace) -> Job:
         unused = [*given(args, TuneConfig), *(["save"] if job.save else [])]
         if unused:
             raise InputError(f"{', '.join(unused)}: not for a session, which is tuned and saved already")
-        return job
+        return replace(job, keep=_keep(args, job))
     job = replace(job, photo=open_photo(job.path))
+    job = replace(job, keep=_keep(args, job))
     here = job.path.resolve()
-    if job.out is not None and here.parent in (job.out.resolve(), job.out.resolve() / "sweep"):
-        raise InputError(f"the photo lies in {str(job.out)!r}, where results are written; choose another --out")
+    _check_apart(job.path, "the photo", job.out)
     if job.save is not None and job.save.resolve() == here:
         raise InputError(f"--save {str(job.save)!r} is the photo; choose another file")
     return job
@@ -120,6 +123,8 @@ def choosing(args: argparse.Namespace, editor: Editor) -> ChooseConfig | None:
         return None
     calibration = asked.pop("calibration", None)
     config = editor.defaults.choose if calibration is None else read_profile(calibration, scorer.name)
+    if {"scheduler", "num_steps"} & set(given(args, EditConfig)):  # who names a sampler means this one
+        config = replace(config, scheduler=None, num_steps=None)
     try:
         return replace(config, **asked)
     except ValueError as error:
@@ -151,7 +156,42 @@ def _demo(args: argparse.Namespace) -> Job:
         raise ModelError(f"the model folder has no demo: {error}; expected demo.png and demo.json in it") from error
     job = replace(job, save=args.out / "session.safetensors", caption=record.get("caption"))
     _check_places(job)
-    return job
+    return replace(job, keep=_keep(args, job))
+
+
+def _keep(args: argparse.Namespace, job: Job) -> Keep | None:
+    """What stays of the photo, None if nothing was said of it. Raises: InputError."""
+    names = {"mask": "mask", "rectangle": "rectangle", "feather": "feather", "photo": "learned_photo"}
+    asked = {name: value for name, field in names.items() if (value := getattr(args, field, None)) is not None}
+    if not (getattr(args, "keep_outside", False) or "mask" in asked or "rectangle" in asked):
+        if asked:
+            raise InputError(
+                f"--{next(iter(asked))} is for an edit that keeps the rest of the photo; say what may change with "
+                "--keep-outside, --mask or --rectangle"
+            )
+        return None
+    if "mask" in asked and "rectangle" in asked:
+        raise InputError("--mask and --rectangle both say what may change; take one")
+    if asked.get("feather", 0) < 0:
+        raise InputError(f"--feather {asked['feather']} is out of range; expected a whole number >= 0, pixels")
+    if job.photo is not None and "photo" in asked:
+        raise InputError(f"--photo goes with a session; {str(job.path)!r} is a photo already")
+    if job.photo is None and "photo" not in asked:
+        raise InputError("a session holds its photo at the edited size only; give the photo itself with --photo FILE")
+    for name in ("mask", "photo"):
+        if name in asked:
+            _check_apart(asked[name], f"the {name}", job.out)
+    photo = open_photo(asked["photo"]) if job.photo is None else job.photo
+    shape = asked.get("mask", asked.get("rectangle"))
+    mask = None if shape is None else ChangeMask.given(shape, photo.size)
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
+    return Keep(photo, mask, asked.get("feather"), told)
+
+
+def _check_apart(path: Path, what: str, out: Path | None) -> None:
+    """Raises: InputError for a file that a run would take away with an earlier one's."""
+    if out is not None and path.resolve().parent in (out.resolve(), out.resolve() / "sweep", out.resolve() / "tried"):
+        raise InputError(f"{what} lies in {str(out)!r}, where results are written; choose another --out")
 
 
 def _check_places(job: Job) -> None:

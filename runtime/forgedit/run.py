@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,11 +20,13 @@ from PIL import Image
 from forgedit.atomic import write_atomic
 from forgedit.background import Background
 from forgedit.config import ChooseConfig, EditConfig
+from forgedit.confine import EDIT, HEAT, MASK, WHOLE, check_same_photo, deliver
 from forgedit.console import Console, table
 from forgedit.editor import Editor
 from forgedit.flags import changed
 from forgedit.job import Job, check_edits, check_settings, choosing
 from forgedit.progress import OnStep, StepEvent
+from forgedit.quality.change_mask import ChangeMask
 from forgedit.quality.choose import Candidate, Verdict, Witness, climb, decide
 from forgedit.quality.contact_sheet import contact_sheet, strength
 from forgedit.quality.page import write_page
@@ -33,8 +36,9 @@ from forgedit.session import Edit, Session
 from forgedit.stages.photo import restore_size
 
 RULE = "the setting the model folder recommends; no score chose it"
+ASKED = "the one edit that was asked for"
 OWN_FILES = (
-    *("original.png", "edit.png", "contact_sheet.png", "report.json", "page.html"),
+    *("original.png", EDIT, WHOLE, MASK, HEAT, "contact_sheet.png", "report.json", "page.html"),
     *("sweep/[0-9]*-*.png", "tried/[0-9]*-*.png"),
 )
 
@@ -51,20 +55,26 @@ class _Made:
 
 
 def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console, load_seconds: float) -> int:
-    """Tune or load, edit, and write what args.command asks for. Returns: 0, or 130 if interrupted.
+    """Tune or load, edit, and write what args.command asks for.
 
+    Returns: 0; 1 if the photo could not be kept outside the mask found, as was asked; 130 if interrupted
     Raises: InputError, SessionError before anything is written; TuneDiverged, RuntimeError, OSError
     """
     tune_config, configs = check_settings(job, args, editor)
     choose = choosing(args, editor) if configs else None
     automatic = args.command == "edit" and choose is not None
     session: Session | None = None
+    mask = None if job.keep is None else job.keep.mask
+    seconds = {"load": load_seconds}
+    not_kept = ""
     noted: list[_Made] = []
     kept: list[str] = []
     interrupted = False
     try:
         if job.photo is None:
             session = editor.load_session(job.path)
+            if job.keep is not None:
+                check_same_photo(session, job.keep.photo)
             check_edits(configs, session.tuned, editor)
         else:
             session = editor.tune(job.photo, tune_config, console.step, target=job.target)
@@ -85,6 +95,7 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
                 console.step(event)
 
             folder = {"edit": "tried" if automatic else ""}.get(args.command, "sweep")
+            alone = EDIT if job.keep is None else WHOLE
             if automatic and choose is not None:
                 base, scorer = changed(args, editor.defaults.edit), editor.model.scorer
                 climbed = climb(session, job.target, choose, base, scorer, on_step)
@@ -95,17 +106,23 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
                 console.count(index + 1, len(configs))
                 if index == 0:
                     background.do(partial(_begin, job, session))
-                name = f"{folder}/{index:02d}-{_slug(edit.config)}.png" if folder else "edit.png"
+                name = f"{folder}/{index:02d}-{_slug(edit.config)}.png" if folder else alone
                 background.do(partial(_write_edit, job, session, name, edit, verdict, choose, noted, console))
+        answer = _delivered(args.command, noted, choose, editor.defaults.edit)
+        if answer is not None and mask is None and args.command != "sweep":
+            begin = time.perf_counter()
+            mask = session.change_mask(answer[0].edit)
+            seconds["mask"] = time.perf_counter() - begin
     except KeyboardInterrupt:
         interrupted = True
     # noted before it was written, and struck out here if it was not: no picture is left without its entry
     edits = [made for made in noted if job.out is not None and (job.out / made.entry["file"]).exists()]
     if edits:
         assert session is not None
-        more = dict(command=args.command, photo=str(job.path), interrupted=interrupted, seconds={"load": load_seconds})
+        more = dict(command=args.command, photo=str(job.path), interrupted=interrupted, seconds=seconds)
         try:
-            kept.append(_finish(job, args.command, session, edits, choose, more, console))
+            not_kept = _finish(job, args.command, session, edits, mask, choose, more, console)
+            kept.append(str(job.out))
         except KeyboardInterrupt:
             interrupted = True
             kept.append(f"{job.out}, perhaps without its report")
@@ -113,7 +130,12 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
         console.error(
             f"interrupted; {len(edits)} of {len(configs)} edits finished; kept: {', '.join(kept) or 'nothing'}"
         )
-    return 130 if interrupted else 0
+        return 130
+    if not_kept:
+        assert job.out is not None
+        console.error(f"the photo was not kept outside the mask: {not_kept}; the whole edit is {job.out / WHOLE}")
+        return 1
+    return 0
 
 
 def _scored(
@@ -161,8 +183,9 @@ def _begin(job: Job, session: Session) -> None:
     for pattern in OWN_FILES:
         for path in job.out.glob(pattern):
             path.unlink()
+    given = job.photo if job.keep is None else job.keep.photo
     enlarged = restore_size(session.source, session.photo_size or session.source.size, session.opacity)
-    _save(job.photo or enlarged, job.out / "original.png")
+    _save(given or enlarged, job.out / "original.png")
 
 
 def _save(image: Image.Image, path: Path) -> None:
@@ -173,11 +196,13 @@ def _save(image: Image.Image, path: Path) -> None:
 def _delivered(
     command: str, edits: Sequence[_Made], choose: ChooseConfig | None, recommended: EditConfig
 ) -> tuple[_Made, str] | None:
-    """The edit that is the run's answer, and why; None where a sweep has no scorer, or one edit was asked for."""
+    """The edit that is the run's answer, and why; None where nothing chose one."""
     scored = [(made, Candidate(made.edit, made.verdict)) for made in edits if made.verdict is not None]
     if choose is not None and scored:
         choice = decide([candidate for _, candidate in scored], choose)
         return next((made, choice.reason) for made, candidate in scored if candidate is choice.chosen)
+    if command == "edit" and edits:
+        return edits[0], ASKED
     if command != "demo":
         return None
     made = next((made for made in edits if made.edit.config == recommended), None)
@@ -189,20 +214,26 @@ def _finish(
     command: str,
     session: Session,
     edits: list[_Made],
+    mask: ChangeMask | None,
     choose: ChooseConfig | None,
     more: dict[str, Any],
     console: Console,
 ) -> str:
-    """The edit itself, contact sheet, report, page, table. Returns: the folder they are in."""
+    """The edit itself, contact sheet, report, page, table. Returns: why the photo was not kept outside the mask, or ''.
+
+    mask: of the edit that is delivered, see deliver
+    """
     assert job.out is not None
-    delivered = _delivered(command, edits, choose, session.editor.defaults.edit)
-    chosen = None
-    if delivered is not None:
-        chosen, rule = delivered[0].edit, delivered[1]
-        entry = delivered[0].entry
-        _save(chosen.at_photo_size(), job.out / "edit.png")
-        scores = {"scores": entry["scores"]} if "scores" in entry else {}
-        more = more | {"the_edit": {"file": "edit.png", "settings": asdict(chosen.config), "rule": rule, **scores}}
+    answer, chosen, not_kept = _delivered(command, edits, choose, session.editor.defaults.edit), None, ""
+    if answer is not None:
+        made, rule = answer
+        delivery = deliver(session, made.edit, made.entry, mask, job.keep, choose)
+        for name, picture in delivery.pictures.items():
+            if name != made.entry["file"]:
+                _save(picture, job.out / name)
+        more, not_kept = more | delivery.told, delivery.not_kept
+        more["the_edit"] |= {"settings": asdict(made.edit.config), "rule": rule}
+        chosen = None if rule == ASKED else made.edit
     scorer = session.editor.model.scorer if choose is not None else None
     if choose is not None and scorer is not None:
         more = more | {"choose": {"scorer": scorer.name, **asdict(choose)}}
@@ -216,7 +247,7 @@ def _finish(
     page = page_of_run(report, job.out, repeat_command(report, is_session=job.photo is None))
     write_page(job.out / "page.html", page)
     _tell(job, report, edits, chosen, console)
-    return str(job.out)
+    return not_kept
 
 
 def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | None, console: Console) -> None:
@@ -240,7 +271,12 @@ def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | N
     if report["photo_size"] != report["edited_size"]:
         sizes = ["{} by {}".format(*report[name]) for name in ("edited_size", "photo_size")]
         console.text(f"edited at {sizes[0]} pixels, and brought back to the photo's {sizes[1]}")
-    if chosen is not None:
-        console.text(f"the edit: {job.out / 'edit.png'}, {report['the_edit']['rule']}")
+    if "the_edit" in report and (chosen is not None or job.keep is not None):
+        console.text(f"the edit: {job.out / report['the_edit']['file']}, {report['the_edit']['rule']}")
+    if "change" in report:
+        change = report["change"]
+        rest = ", the photo's own pixels elsewhere" if change["is_kept"] else ""
+        console.text(f"where it changed: {job.out / change['mask']}, {change['share']:.1%} of the picture{rest}")
+        console.event("change", **change | {"mask": str(job.out / change["mask"])})
     console.text(f"page: {job.out / 'page.html'}", f"report: {job.out / 'report.json'}")
     console.event("report", path=str(job.out / "report.json"))

@@ -27,7 +27,8 @@ def files(folder):
 def test_edit_a_photo(run, photo, tmp_path):
     code, events, _ = run("edit", photo, "a dog", "--json", "--out", "here", "--gamma", 1.3, "--unet-lr", 2e-3)
     assert code == 0
-    assert files(tmp_path / "work") == ["here/edit.png", "here/original.png", "here/page.html", "here/report.json"]
+    made = ["edit.png", "heat.png", "mask.png", "original.png", "page.html", "report.json"]
+    assert files(tmp_path / "work/here") == made
     assert events[-1] == {"event": "report", "path": "here/report.json"}
     steps = [event for event in events if event["event"] == "step"]
     assert {event["stage"] for event in steps} == {"caption", "encode", "tune", "blend", "forget", "sample", "decode"}
@@ -151,7 +152,8 @@ def test_demo(run, tmp_path):
     out = tmp_path / "work/out/demo"
     assert code == 0
     sweep = [name for name in files(out) if name.startswith("sweep/")]
-    others = ["contact_sheet.png", "edit.png", "original.png", "page.html", "report.json", "session.safetensors"]
+    others = ["contact_sheet.png", "edit.png", "heat.png", "mask.png", "original.png", "page.html", "report.json"]
+    others.append("session.safetensors")
     assert len(sweep) == 12 and files(out) == sorted(others + sweep)
     report = json.loads((out / "report.json").read_text())
     assert report["the_edit"]["settings"] == report["recommended"]["edit"]
@@ -288,7 +290,7 @@ def test_interrupted_while_it_reports(run, session_file, tmp_path, monkeypatch):
     monkeypatch.setattr(forgedit.run, "write_report", interrupt)
     code, _, err = run("edit", session_file, "a dog", "--out", "o", "--num-steps", 1)
     assert code == 130 and "1 of 1 edits finished; kept: o, perhaps without its report" in err
-    assert files(tmp_path / "work/o") == ["edit.png", "original.png"]
+    assert files(tmp_path / "work/o") == ["edit.png", "heat.png", "mask.png", "original.png"]
 
 
 def test_interrupted_before_anything(run, photo, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def test_an_edit_without_knobs_is_chosen(run, photo, tmp_path):
     assert code == 0, err
     report = json.loads((tmp_path / "work/here/report.json").read_text())
     tried = [edit["file"] for edit in report["edits"]]
-    made = ["contact_sheet.png", "edit.png", "original.png", "page.html", "report.json", *tried]
+    made = ["contact_sheet.png", "edit.png", "heat.png", "mask.png", "original.png", "page.html", "report.json", *tried]
     assert files(tmp_path / "work/here") == sorted(made) and 1 <= len(tried) <= 3
     rungs = [parse_rung(rung) for rung in ChooseConfig().ladder[: len(tried)]]
     assert [edit["settings"]["gamma"] for edit in report["edits"]] == [rung["gamma"] for rung in rungs]
@@ -44,8 +44,10 @@ def test_an_edit_without_knobs_is_chosen(run, photo, tmp_path):
 def test_who_names_an_edit_gets_it(run, session_file, tmp_path, words):
     code, _, _ = run("edit", session_file, TARGET, "--out", "o", *words)
     report = json.loads((tmp_path / "work/o/report.json").read_text())
-    assert code == 0 and len(report["edits"]) == 1 and "the_edit" not in report
-    assert files(tmp_path / "work/o") == ["edit.png", "original.png", "page.html", "report.json"]
+    assert code == 0 and len(report["edits"]) == 1 and "asked for" in report["the_edit"]["rule"]
+    assert files(tmp_path / "work/o") == [
+        *("edit.png", "heat.png", "mask.png", "original.png", "page.html", "report.json"),
+    ]
 
 
 def test_an_earlier_choices_pictures_are_taken_away(run, session_file, tmp_path):
@@ -56,7 +58,7 @@ def test_an_earlier_choices_pictures_are_taken_away(run, session_file, tmp_path)
     assert (tmp_path / "work/o/tried").is_dir()
     assert run("edit", session_file, TARGET, "--out", "o", "--single")[0] == 0
     assert files(tmp_path / "work/o") == [
-        *("edit.png", "holiday/01-beach.png", "original.png", "page.html", "report.json"),
+        *("edit.png", "heat.png", "holiday/01-beach.png", "mask.png", "original.png", "page.html", "report.json"),
     ]
 
 

@@ -173,12 +173,14 @@ def test_a_run_has_a_page(run, tmp_path):
     page = page_of_run(report, folder, repeat_command(report))
     assert page.sweep[page.chosen].settings == report["the_edit"]["settings"] == page.edit.settings
     assert page.reason == "The setting the model folder recommends; no score chose it."
-    assert list(page.seconds) == ["load", "caption", "encode", "tune"] + [
-        f"{stage}, 12 edits" for stage in ("blend", "forget", "sample", "decode")
+    assert list(page.seconds) == [
+        *("load", "caption", "encode", "tune"),
+        *(f"{stage}, 12 edits" for stage in ("blend", "forget", "sample", "decode")),
+        "mask",
     ]
     reader = read(page, tmp_path)
     assert "All 12 edits" in reader.text and "encoderattn, gamma 1.4" in reader.text and "Versions" in reader.text
-    shown = [(folder / name).read_bytes() for name in ("original.png", "edit.png")]
+    shown = [(folder / name).read_bytes() for name in ("original.png", "edit.png", "mask.png", "heat.png")]
     shown += [(folder / entry["file"]).read_bytes() for entry in report["edits"]]
     assert [decoded(uri) for uri in reader.pictures()] == shown
 

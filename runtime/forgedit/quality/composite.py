@@ -21,8 +21,8 @@ def mask_of(given: Photo | Box, size: tuple[int, int]) -> Image.Image:
         any size, upright as the photo is
     size: width and height of the upright photo, pixels
     Returns: L, 0 or 255, of the photo's size for a rectangle, of its own size for a picture
-    Raises: InputError for what is no picture, empty, transparent, of another aspect ratio, outside the photo, or
-        covers more than MOST_SHARE
+    Raises: InputError for what is no picture, transparent, of another aspect ratio, outside the photo, or covers more
+        than MOST_SHARE, nothing, or no whole pixel of the photo
     """
     if isinstance(given, tuple):
         mask = _mask_of_box(given, size)
@@ -38,6 +38,7 @@ def mask_of(given: Photo | Box, size: tuple[int, int]) -> Image.Image:
             )
         mask = Image.fromarray(np.where(np.asarray(opened.convert("L")) < 128, 0, 255).astype(np.uint8))
     check_share(share_of(mask))
+    _check_inside(fit_mask(mask, size))
     return mask
 
 
@@ -49,7 +50,7 @@ def share_of(mask: Image.Image) -> float:
 def check_share(share: float) -> None:
     """Raises: InputError for a mask that covers nothing, or more than MOST_SHARE."""
     if share == 0:
-        raise InputError("the mask is empty: nothing would change; leave it out, or cover what is to change")
+        raise InputError("the mask is empty: nothing would change; give one that covers what is to change")
     if share > MOST_SHARE:
         raise InputError(
             f"the mask covers {share:.1%} of the picture, which leaves nothing to keep; expected at most "
@@ -103,8 +104,7 @@ def keep_outside(photo: Image.Image, picture: Image.Image, mask: Image.Image, fe
     """
     check_share(share_of(mask))
     inside = fit_mask(mask, photo.size)
-    if not inside.any():
-        raise InputError("the mask covers no whole pixel of the photo; expected a larger one")
+    _check_inside(inside)
     rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
     left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     left, top = max(left - 1, 0), max(top - 1, 0)  # what is outside beside it decides the depth
@@ -118,6 +118,11 @@ def keep_outside(photo: Image.Image, picture: Image.Image, mask: Image.Image, fe
     if photo.mode == "RGBA":
         colours.putalpha(photo.getchannel("A"))
     return colours
+
+
+def _check_inside(inside: np.ndarray) -> None:
+    if not inside.any():
+        raise InputError("the mask covers no whole pixel of the photo; expected a larger one")
 
 
 def _mask_of_box(box: Box, size: tuple[int, int]) -> Image.Image:

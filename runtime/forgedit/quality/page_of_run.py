@@ -31,8 +31,9 @@ def page_of_run(report: Mapping[str, Any], folder: Path, command: str = "", scor
     folder: where the report's files and original.png lie
     command: shell words that make the edit again, see repeat_command
     Read besides make_report's entries, where they are there:
-        edits[...].scores: {Score.name: number}, edits[...].rejected: why not; the_edit.scores
+        edits[...].scores: {Score.name: number}, edits[...].rejected: why not; the_edit.scores, .psnr_to_original
         change: {mask: file, share: in [0, 1], is_kept: bool, heat: file if it was found}; warnings: list of sentences
+        keep_outside: {mask, rectangle, feather, photo, those that were given}
     Raises: KeyError for a report that lacks an entry every report has
     """
     sweep = [_shown(entry, folder) for entry in report["edits"]]
@@ -41,8 +42,10 @@ def page_of_run(report: Mapping[str, Any], folder: Path, command: str = "", scor
         delivered = report["the_edit"]
         entries = [entry["settings"] for entry in report["edits"]]
         chosen = entries.index(delivered["settings"]) if delivered["settings"] in entries else None
-        evidence = delivered if "scores" in delivered or chosen is None else report["edits"][chosen]
-        edit, reason = _shown({**evidence, "file": delivered["file"]}, folder), delivered["rule"]
+        alone = {} if chosen is None else report["edits"][chosen]
+        edit, reason = _shown({**alone, **delivered}, folder), delivered["rule"]
+        if [entry["file"] for entry in report["edits"]] == [delivered["file"]]:
+            sweep, chosen = [], None
     elif report["command"] == "edit":
         edit, sweep = sweep[0], []
     return Page(
@@ -74,6 +77,8 @@ def repeat_command(report: Mapping[str, Any], is_session: bool = False) -> str:
         if report[flag] != usual:
             words += [f"--{flag}", str(report[flag])]
     words += _flags(settings, report["recommended"]["edit"], "")
+    if "keep_outside" in report:
+        words += ["--keep-outside", *_kept(report["keep_outside"])]
     if not is_session:
         words += _flags(report["tune"]["settings"], report["recommended"]["tune"], "tune-")
     return shlex.join(words)
@@ -87,6 +92,12 @@ def _flags(settings: Mapping[str, Any], usual: Mapping[str, Any], prefix: str) -
         if value != usual[name] and value is not None:
             words.append(f"--{prefix if name in shared else ''}{name.replace('_', '-')}={value}")
     return words
+
+
+def _kept(asked: Mapping[str, Any]) -> list[str]:
+    """What stayed of the photo, as flags; with a given mask --keep-outside says nothing new."""
+    lists = {name: ",".join(map(str, value)) for name, value in asked.items() if isinstance(value, list | tuple)}
+    return [f"--{name}={value}" for name, value in {**asked, **lists}.items()]
 
 
 def _shown(entry: Mapping[str, Any], folder: Path) -> Shown:
@@ -108,12 +119,13 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
 
 
 def _seconds(report: Mapping[str, Any]) -> dict[str, float]:
-    """By stage in the order of one run; those of the edits together."""
+    """By stage in the order of one run; those of the edits together, and the mask last."""
     edits = {stage: sum(entry["seconds"].get(stage, 0.0) for entry in report["edits"]) for stage in STAGES}
     number = len(report["edits"])
     suffix = f", {number} edits" if number > 1 else ""
-    spent = dict(report["seconds"]) | report["tune"]["seconds"]
-    return spent | {f"{stage}{suffix}": seconds for stage, seconds in edits.items()}
+    spent = dict(report["seconds"])
+    mask = {stage: spent.pop(stage) for stage in ("mask",) if stage in spent}
+    return spent | report["tune"]["seconds"] | {f"{stage}{suffix}": value for stage, value in edits.items()} | mask
 
 
 def _facts(report: Mapping[str, Any]) -> dict[str, Mapping[str, object]]:
