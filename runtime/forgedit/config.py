@@ -315,6 +315,7 @@ class ChooseConfig:
 
     ladder: rungs, see parse_rung, tried in this order
     max_edits: made at most; budget_s: seconds for all of them, None for no limit; at_once: made between two looks
+    scheduler, num_steps: of the edits tried, None for the base edit's: a quick sampler finds as good an edit sooner
     least_margin: an edit agrees with the target if it is nearer to it than to the source by this, cosines of the scorer
     least_kept_db: a good edit's PSNR against the photo, at least
     Thresholds belong to one scorer and one kind of photo: `forgedit calibrate` finds them.
@@ -337,6 +338,8 @@ class ChooseConfig:
     at_once: int = 1
     least_margin: float = 0.0
     least_kept_db: float = 15.0
+    scheduler: str | None = None
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         _require(not isinstance(self.ladder, str) and len(self.ladder) > 0, "ladder", self.ladder, "at least one rung")
@@ -348,6 +351,10 @@ class ChooseConfig:
             _number("budget_s", self.budget_s, 0.0)
         _number("least_margin", self.least_margin, -2.0, 2.0)
         _number("least_kept_db", self.least_kept_db, 0.0)
+        if self.scheduler is not None:
+            _choice("scheduler", self.scheduler, SCHEDULERS)
+        if self.num_steps is not None:
+            _whole("num_steps", self.num_steps, 1)
 
 
 @dataclass(frozen=True)

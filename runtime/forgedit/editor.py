@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ class Editor:
             raise ValueError(f"backend {backend!r} cannot run here; expected one of: auto, {', '.join(available)}")
         self.model = model
         self.defaults = model.defaults
+        if numerics == "reference":  # which samples as the method does alone
+            plain = replace(model.defaults.choose, scheduler=None, num_steps=None)
+            self.defaults = replace(model.defaults, choose=plain)
         self.backend = available[0] if backend == "auto" else backend
         self.numerics = numerics
         self._told, self._memory_bytes = backend, memory_bytes

@@ -1,6 +1,7 @@
 """Choosing an edit: how far the ladder is climbed, which edit wins, and what is refused. The scorer sees colours."""
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from forgedit import Cancelled, ChooseConfig, Edit, EditConfig, InputError, ModelError
+from forgedit import Cancelled, ChooseConfig, Edit, EditConfig, Editor, InputError, ModelError
 from forgedit.config import Defaults, parse_rung
+from forgedit.model import load_model
 from forgedit.quality.choose import Evidence, Verdict, climb, decide, rungs
 
 PHOTO = Image.new("RGB", (16, 16), (200, 40, 40))
@@ -77,6 +79,24 @@ def test_the_rungs_are_the_ladders_over_the_base():
     ]
     assert found.asked == [EditConfig(guidance_scale=3.0, **change) for change in changes]
     assert rungs(ChooseConfig(ladder=LADDER, max_edits=2), base) == rungs(ChooseConfig(ladder=LADDER), base)[:2]
+
+
+def test_a_quick_sampler_is_the_ladders_alone():
+    base, quick = EditConfig(num_steps=50), ChooseConfig(ladder=LADDER, scheduler="unipc", num_steps=20)
+    assert {(config.scheduler, config.num_steps) for config in rungs(quick, base)} == {("unipc", 20)}
+    assert rungs(ChooseConfig(ladder=LADDER), base) == [
+        replace(config, scheduler="ddim", num_steps=50) for config in rungs(quick, base)
+    ]
+    for wrong in (dict(scheduler="euler"), dict(num_steps=0)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ChooseConfig(**wrong)
+
+
+def test_the_plain_path_keeps_the_methods_sampler(folder):
+    model = load_model(folder)
+    model = replace(model, defaults=replace(model.defaults, choose=ChooseConfig(scheduler="unipc", num_steps=20)))
+    assert Editor(model).defaults.choose.num_steps == 20
+    assert Editor(model, numerics="reference").defaults.choose == ChooseConfig()
 
 
 def test_where_none_is_good_the_agreeing_one_that_kept_most_wins():

@@ -112,11 +112,12 @@ class Witness:
 
 
 def rungs(config: ChooseConfig, base: EditConfig) -> list[EditConfig]:
-    """The ladder's edits, at most config.max_edits; what a rung does not name is base's, its seed counted from it."""
+    """The ladder's edits, at most config.max_edits; what no rung and no config names is base's, the seed counted from it."""
+    sampler = {name: value for name in ("scheduler", "num_steps") if (value := getattr(config, name)) is not None}
     ladder = []
     for rung in config.ladder[: config.max_edits]:
         named = parse_rung(rung)
-        ladder.append(replace(base, **named | {"seed": base.seed + named["seed"]}))
+        ladder.append(replace(base, **named | {"seed": base.seed + named["seed"]} | sampler))
     return ladder
 
 
