@@ -18,7 +18,7 @@ from forgedit.config import EditConfig, TuneConfig
 from forgedit.engine.batch import Leg, Travelled, expected_seconds, in_batches, make_batch, travel, warm_up
 from forgedit.engine.difference import noise_difference
 from forgedit.engine.graphs import GraphCache
-from forgedit.engine.numerics import check_numerics, true_float32
+from forgedit.engine.numerics import check_numerics, true_float32, warn_where_slow
 from forgedit.engine.parking import Parking
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
@@ -74,6 +74,7 @@ class Editor:
         shared_with: Iterable[Any] = (),
     ) -> None:
         check_numerics(numerics)
+        warn_where_slow(numerics, model.alphas_cumprod.device)
         available = available_backends(model.alphas_cumprod.device)
         if backend not in ("auto", *available):
             raise ValueError(f"backend {backend!r} cannot run here; expected one of: auto, {', '.join(available)}")
