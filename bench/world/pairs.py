@@ -13,8 +13,8 @@ from forgedit.world.scene import ATTRIBUTES, KINDS, Combination, Edits, all_comb
 def pairs_by_photo(photos: int, each: int, seed: int) -> Edits:
     """`photos` times `each` pairs; those of one photo stand together, and share their source scene.
 
-    A photo's edits go to different targets, of the kinds that were had least so far. Only scenes with that many held-out
-    targets are taken: there are 82 combinations with two or more, 38 with three or more.
+    A photo's edits go to different targets, of the kinds that were had least so far. Only scenes with that many
+    held-out targets are taken: there are 82 combinations with two or more, 38 with three or more.
     Raises: ValueError if there are none
     """
     generator = torch.Generator().manual_seed(seed)

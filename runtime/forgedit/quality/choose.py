@@ -112,7 +112,7 @@ class Witness:
 
 
 def rungs(config: ChooseConfig, base: EditConfig) -> list[EditConfig]:
-    """The ladder's edits, at most config.max_edits; what no rung and no config names is base's, the seed counted from it."""
+    """The ladder's edits, at most config.max_edits; what neither names is base's, and the seed is counted from it."""
     sampler = {name: value for name in ("scheduler", "num_steps") if (value := getattr(config, name)) is not None}
     ladder = []
     for rung in config.ladder[: config.max_edits]:
