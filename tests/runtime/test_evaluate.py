@@ -11,10 +11,11 @@ from PIL import Image
 from forgedit import Editor, InputError
 from forgedit.evaluate.bootstrap import bootstrap, paired
 from forgedit.evaluate.cases import Case, read_editeval, read_tedbench
-from forgedit.evaluate.protocol import Protocol, parse_way, read_rows, run_protocol, way_names
+from forgedit.evaluate.protocol import Protocol, digest_of, parse_way, read_rows, run_protocol, way_names
 from forgedit.evaluate.table import figures, gather, lines
 from forgedit.evaluate.world import world_cases
-from forgedit.world.render import render
+from forgedit.quality.change_mask import ChangeMask
+from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import sample_edits
 from forgedit.world.score import to_images
 
@@ -132,6 +133,29 @@ def test_the_truth_of_the_world_knows_true_edits_from_none():
         world_cases(7, 0, 64)
 
 
+def test_the_truth_of_the_world_measures_masks():
+    cases, truth = world_cases(10, seed=3, side=64)
+    edits, (index, case) = sample_edits(2, 3), next(found for found in enumerate(cases) if found[1].kind == "colour")
+    place = [edits.kind.index("colour")]
+    (true,) = to_images(render(edits.target[torch.tensor(place)], 64)[0])
+    (changed,) = changed_mask(edits.source[torch.tensor(place)], edits.target[torch.tensor(place)], 64)[0].numpy()
+    drifted = Image.blend(true, Image.new("RGB", true.size, "grey"), 0.1)
+
+    def scores(inside):
+        mask = Image.fromarray(inside.astype(np.uint8) * 255)
+        return truth(index, drifted, ChangeMask(mask, float(inside.mean())))
+
+    right, shifted, nothing = (scores(inside) for inside in (changed, np.roll(changed, 8, 1), changed & False))
+    assert right["mask_iou"] == 1 and right["mask_refused"] == 0
+    assert right["psnr_outside_kept"] > 50 > right["psnr_outside"]  # rounded to bytes
+    union = (changed | np.roll(changed, 8, 1)).sum()
+    assert shifted["mask_iou"] == pytest.approx((changed & np.roll(changed, 8, 1)).sum() / union)
+    assert right["psnr_outside"] < shifted["psnr_outside_kept"] < right["psnr_outside_kept"]
+    assert (nothing["mask_iou"], nothing["mask_refused"]) == (0, 1) and np.isnan(nothing["psnr_outside_kept"])
+    assert scores(changed | True)["mask_refused"] == 1
+    assert "mask_iou" not in truth(index, drifted) and case.kind == "colour"
+
+
 def test_ways_are_read_and_refused():
     assert {"recommended", "auto", "sdedit", "sdedit-tuned", "imagic", "photo-unchanged"} <= set(way_names())
     assert parse_way("imagic:encoderattn").strategy == "encoderattn" and parse_way("imagic").strategy == "none"
@@ -157,6 +181,8 @@ def test_a_stopped_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, own_ed
     assert [(row["case"], row["way"], row["seed"]) for row in whole] == [
         (case, way, seed) for case in ("one", "two") for way in ("recommended", "photo-unchanged") for seed in (0, 1)
     ]
+    # a baseline gives a picture alone, which has no mask
+    assert all(("share_changed" in row) == (row["way"] == "recommended") for row in whole)
     path = tmp_path / "rows.jsonl"
     stopped = run_protocol(protocol, own_editor, path)
     for _ in range(3):
@@ -176,11 +202,14 @@ def test_a_stopped_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, own_ed
     assert list(run_protocol(protocol, own_editor, path)) == []
 
 
-def test_rows_of_other_settings_are_refused(tmp_path, own_editor, protocol):
+def test_rows_of_other_settings_are_refused(tmp_path, own_editor, protocol, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"protocol": "other", "case": "one", "way": "recommended", "seed": 0}) + "\n")
     with pytest.raises(InputError, match="other settings"):
         next(run_protocol(protocol, own_editor, path))
+    now = digest_of(own_editor)
+    monkeypatch.setattr("forgedit.evaluate.protocol.FIELDS_SINCE", 1)
+    assert digest_of(own_editor) != now  # rows of before are of an earlier version
     for text in ("nonsense\n", "[]\n", "{}\n"):
         path.write_text(text)
         with pytest.raises(InputError, match="no rows of an evaluation"):
@@ -204,6 +233,8 @@ def test_the_table_has_means_and_paired_differences():
     found = figures(rows)
     assert found["accepted"]["a"].value == pytest.approx(1 / 3) and found["accepted"]["b"].value == 1
     assert "psnr_outside" not in found
+    lacking = rows_of(share_changed=lambda way, *_: 0.25 if way == "a" else None)
+    assert list(figures(lacking)["share_changed"]) == ["a"] and "share changed  a" in "\n".join(lines(lacking))
     assert found["seconds_accepted"]["b"].value == (6 * 1.0 + 3 * 4.0) / 6
     assert found["seconds_accepted"]["a"].value == (6 * 1.0 + 3 * 4.0) / 2
     assert lines(rows)[-1].startswith("accepted, b above a: +0.667 [")
@@ -238,6 +269,7 @@ def test_the_command_on_the_world(run):
         *("evaluate", "world", "--pairs", 5, "--first", 2, "--seeds", 1, "--ways", "recommended,photo-unchanged")
     )
     assert code == 0 and "accepted, photo-unchanged above recommended:" in text
+    assert "mask IoU" in text and "PSNR outside if kept, dB" in text and "mask refused" in text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from forgedit.world.score import Figure
 # what stands in the report beside each benchmark's figures
 MEANING = {
     "world": "success and what else was kept are counted by the world's judge; the bundled model was trained on this "
-    "world, on other combinations than these",
+    "world, on other combinations than these; 'if kept' is an edit put into its photo where the mask found allows it",
     "tedbench": "no truth is known: 'accepted' is by the scorer's thresholds, not by an eye; with a model that does "
     "not know such photos these figures prove that everything runs, not quality",
 }

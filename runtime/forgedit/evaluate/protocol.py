@@ -23,14 +23,16 @@ from forgedit.errors import InputError
 from forgedit.evaluate.baselines import BASELINES, Learning, Making, Tuned
 from forgedit.evaluate.cases import Case
 from forgedit.progress import OnStep
+from forgedit.quality.change_mask import ChangeMask
 from forgedit.quality.choose import Verdict, Witness, climb, decide
 from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
 from forgedit.quality.report import peak_bytes
-from forgedit.session import Session
+from forgedit.session import Edit, Session
 
 OWN_WAYS = ("recommended", "auto")
+FIELDS_SINCE = 2  # counts up with what a row holds, so that rows of unequal fields never stand in one file
 
-Truth = Callable[[int, Image.Image], dict[str, float]]
+Truth = Callable[[int, Image.Image, ChangeMask | None], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _slug(title: str) -> str:
 class Protocol:
     """What is done; settings are the editor's defaults, and what its scorer sees is measured if it has one.
 
-    seeds: of the edits; truth: of a case's index and a picture, None where there is none
+    seeds: of the edits; truth: of a case's index, a picture, and its mask if one was found; None where there is none
     """
 
     cases: Sequence[Case]
@@ -96,7 +98,7 @@ class Protocol:
 def digest_of(editor: Editor) -> str:
     """Of everything that decides a row beside its case, way and seed."""
     scorer = editor.model.scorer
-    settings = [editor.fingerprint, editor.numerics, asdict(editor.defaults), scorer and scorer.name]
+    settings = [FIELDS_SINCE, editor.fingerprint, editor.numerics, asdict(editor.defaults), scorer and scorer.name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,9 +148,26 @@ def read_rows(path: Path, digest: str | None = None) -> list[dict[str, Any]]:
         raise InputError(f"{str(path)!r} holds no rows of an evaluation ({error}); choose another --out") from error
     if digest and others:
         raise InputError(
-            f"{str(path)!r} is of another model or other settings; choose another --out, or take the same settings"
+            f"{str(path)!r} is of another model, other settings or an earlier version; choose another --out, or take "
+            "the same"
         )
     return rows
+
+
+def _make(
+    way: Way, session: Session, target: str, config: EditConfig, on_step: OnStep
+) -> tuple[Image.Image, Edit | None, int]:
+    """The picture, the edit that it is of (None for a baseline's), and how many edits were made for it."""
+    if way.making is None:
+        editor = session.editor
+        choose = editor.defaults.choose
+        candidates = list(climb(session, target, choose, config, editor.model.scorer, on_step))
+        edit = decide(candidates, choose).chosen.edit
+        return edit.image, edit, len(candidates)
+    if isinstance(way.making, _Recommended):
+        edit = session.edit(target, config)
+        return edit.image, edit, 1
+    return way.making.make(session, target, config), None, 1
 
 
 def _measure(
@@ -162,17 +181,11 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    made = 1.0
-    if way.making is None:
-        candidates = list(climb(session, case.target, choose, config, scorer, on_step))
-        picture = decide(candidates, choose).chosen.edit.image
-        made = float(len(candidates))
-    else:
-        picture = way.making.make(session, case.target, config)
+    picture, edit, made = _make(way, session, case.target, config, on_step)
     measured = {
         "seconds_edit": time.perf_counter() - start,
         "seconds_tune": session.seconds["tune"],
-        "edits_made": made,
+        "edits_made": float(made),
         "peak_bytes": float(max(held for held in peak_bytes(device).values() if held)),
     }
     if scorer is None:
@@ -181,4 +194,8 @@ def _measure(
     else:
         (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([picture])
         measured |= {**asdict(evidence), "accepted": float(Verdict.of(evidence, choose).good)}
-    return measured | (protocol.truth(index, picture) if protocol.truth else {})
+    mask = None
+    if edit is not None:
+        mask = session.change_mask(edit)
+        measured["share_changed"] = mask.share
+    return measured | (protocol.truth(index, picture, mask) if protocol.truth else {})

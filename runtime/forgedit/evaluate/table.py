@@ -18,6 +18,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "success": ("success", ".3f"),
     "kept": ("rest kept", ".3f"),
     "psnr_outside": ("PSNR outside, dB", ".1f"),
+    "psnr_outside_kept": ("PSNR outside if kept, dB", ".1f"),
+    "mask_iou": ("mask IoU", ".3f"),
+    "mask_refused": ("mask refused", ".3f"),
+    "share_changed": ("share changed", ".3f"),
     "kept_db": ("PSNR, dB", ".1f"),
     "kept_ssim": ("SSIM", ".3f"),
     "margin": ("margin", ".3f"),
@@ -50,12 +54,16 @@ def gather(rows: Sequence[dict[str, Any]], field: str) -> dict[str, Tensor]:
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
-    """By field and way; fields that no row has are left out. 'seconds_accepted': of tunes and edits, an accepted edit.
+    """By field and way, without ways that lack the field (baselines have no mask), and fields that all ways lack.
 
-    That one has no interval: it is a ratio of sums, infinite where none was accepted.
+    'seconds_accepted': of tunes and edits, an accepted edit. That one has no interval: it is a ratio of sums, infinite
+    where none was accepted.
     """
     present = [field for field in COLUMNS if any(row.get(field) is not None for row in rows)]
-    found = {field: {way: bootstrap(values) for way, values in gather(rows, field).items()} for field in present}
+    found = {
+        field: {way: bootstrap(values) for way, values in gather(rows, field).items() if values.isfinite().any()}
+        for field in present
+    }
     if "accepted" in present:
         spent = {way: values.sum() for way, values in gather(rows, "seconds_edit").items()}
         tunes = {way: values[:, 0].sum() for way, values in gather(rows, "seconds_tune").items()}

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from forgedit.errors import InputError
 from forgedit.evaluate.cases import Case
+from forgedit.quality.change_mask import ChangeMask
+from forgedit.quality.composite import keep_outside
 from forgedit.world.judge import load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import KINDS, Edits, captions, sample_edits
-from forgedit.world.score import score, to_images, to_pixels
+from forgedit.world.score import psnr, score, to_images, to_pixels
 
 LEAST_OUTSIDE_DB = 22.0  # of an accepted edit, PSNR outside the true mask: the bundled model's own bar
 
-Truth = Callable[[int, Image.Image], dict[str, float]]
+Truth = Callable[[int, Image.Image, ChangeMask | None], dict[str, float]]
 
 
 def world_cases(pairs: int, seed: int, side: int) -> tuple[list[Case], Truth]:
     """Held-out pairs, the kinds in turn, and what the truth says of a picture of one of them.
 
     pairs: a multiple of the kinds; side: pixels of a picture
-    Returns: cases, captioned by the world; and a function of a case's index and an edited picture, giving 'success',
-        'kept' and 'accepted' as 0 or 1, 'strength' in [0, 1], and 'psnr_outside', NaN where all may change
+    Returns: cases, captioned by the world; and a function of a case's index, an edited picture and its mask if one was
+        found, giving 'success', 'kept' and 'accepted' as 0 or 1, 'strength' in [0, 1], 'psnr_outside', NaN where all
+        may change, and of a mask what mask_scores gives
     Raises: InputError for another number of pairs
     """
     if pairs < 1 or pairs % len(KINDS):
@@ -38,7 +43,7 @@ def world_cases(pairs: int, seed: int, side: int) -> tuple[list[Case], Truth]:
         for index in range(pairs)
     ]
 
-    def truth(index: int, picture: Image.Image) -> dict[str, float]:
+    def truth(index: int, picture: Image.Image, mask: ChangeMask | None = None) -> dict[str, float]:
         one = slice(index, index + 1)
         pair = Edits(edits.kind[one], edits.source[one], edits.target[one])
         seen = score(judge, to_pixels([picture]), source[one], changed[one], pair)
@@ -50,9 +55,29 @@ def world_cases(pairs: int, seed: int, side: int) -> tuple[list[Case], Truth]:
             "accepted": float(bool(seen.success) and bool(seen.kept) and kept_outside),
             "strength": float(seen.strength),
             "psnr_outside": outside,
-        }
+        } | ({} if mask is None else mask_scores(mask, photos[index], picture, source[one], changed[one]))
 
     return cases, truth
+
+
+def mask_scores(
+    mask: ChangeMask, photo: Image.Image, picture: Image.Image, source: Tensor, changed: Tensor
+) -> dict[str, float]:
+    """How well a mask that was found fits the true one, and what keeping the photo outside it gives.
+
+    photo, picture: before and after, of one size; source: the photo's pixels [1, 3, S, S] in [-1, 1]
+    changed: the true mask, bool [1, 1, S, S]
+    Returns: 'mask_iou', intersection over union, in [0, 1]; 'mask_refused', 0 or 1; 'psnr_outside_kept', of the edit
+        put into its photo, outside the true mask: NaN where it was refused, or all may change
+    """
+    found = torch.from_numpy(np.asarray(mask.mask) > 0)
+    true = changed[0, 0]
+    scores = {"mask_iou": float((found & true).sum() / (found | true).sum().clamp_min(1))}
+    try:
+        kept = keep_outside(photo, picture, mask.mask, feather=1)  # a pixel of the edited picture, as Edit.keep_outside
+    except InputError:
+        return scores | {"mask_refused": 1.0, "psnr_outside_kept": float("nan")}
+    return scores | {"mask_refused": 0.0, "psnr_outside_kept": float(psnr(to_pixels([kept]), source, ~changed))}
 
 
 def in_turn(edits: Edits) -> Edits:
