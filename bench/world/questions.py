@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from bench.world.choose import QUICK
 from forgedit import EditConfig
 
 ENCODER = ("encoderattn", "encoderkv", "noencoder")
@@ -38,7 +39,8 @@ class Learned:
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting. With gamma 0 it is a reconstruction, and held against the photo; else against the true edit."""
+    """One setting. With gamma 0 it is a reconstruction, one of each photo, and held against it; else against the true
+    edit."""
 
     name: str
     edit: EditConfig
@@ -51,20 +53,25 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """arms: settings; against: pairs of arms' names, the first compared with the second; by_kind: counted so too."""
+    """arms: settings; against: pairs of arms' names, the first compared with the second; by_kind: counted so too.
+
+    pairs: to measure it on, fewer where learning is dear
+    """
 
     arms: tuple[Arm, ...]
     against: tuple[tuple[str, str], ...]
     by_kind: bool = False
+    pairs: int = 30
 
 
 def questions(default: EditConfig) -> dict[str, Question]:
-    """Every question by name. default: the edit that the model recommends, whose seed, steps and guidance all share."""
+    """Every question by name. default: the edit that the model recommends, whose seed and guidance all share."""
     base = replace(default, strategy="none", keep=0.0, blend="vs", gamma=1.0, identity_weight=1.0, edit_weight=1.0)
+    base = replace(base, **QUICK)
     return {
         "forgetting": _forgetting(base),
         "profile": _two_ways(base, "official", "paper", Learned(tune=(("profile", "paper"),))),
-        "source": _two_ways(base, "caption", "target", Learned(source="target")),
+        "source": replace(_two_ways(base, "caption", "target", Learned(source="target")), pairs=15),
         "blend": _blend(base),
         "keep": _keep(base),
         "steps": _steps(base),
@@ -120,7 +127,8 @@ def _steps(base: EditConfig) -> Question:
         for words, gamma in (("", 1.0), (", reconstruction", 0.0))
     )
     names = [arm.name for arm in arms]
-    return Question(arms, tuple((name, "40 steps" + name.partition(" steps")[2]) for name in names if name[:2] != "40"))
+    against = tuple((name, "40 steps" + name.partition(" steps")[2]) for name in names if name[:2] != "40")
+    return Question(arms, against, pairs=15)
 
 
 def _delta(base: EditConfig) -> Question:
