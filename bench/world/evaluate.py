@@ -128,10 +128,10 @@ class Maker:
                 self._keep(pair, setting, edit)
 
     def session(self, pair: int) -> Session:
-        """The pair's photo, learned once and kept in a file, as other settings will want it too."""
-        settings = [self.editor.numerics, self.captions[pair], asdict(self.tune)]
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        path = self.folder / f"{pair:04d}-{key}.safetensors"
+        """The pair's photo, learned once and kept in a file, as other settings and its other edits will want it too."""
+        settings = json.dumps([self.editor.numerics, self.captions[pair], asdict(self.tune)], sort_keys=True)
+        key = hashlib.sha256(self.photos[pair].tobytes() + settings.encode()).hexdigest()[:16]
+        path = self.folder / f"{key}.safetensors"
         if path.exists():
             return self.editor.load_session(path)
         session = self.editor.tune(self.photos[pair], replace(self.tune, caption=self.captions[pair]))
