@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.world.aspects import colour_distance, structure
 from bench.world.baselines import accepted, both
 from bench.world.choose import EDITS_EACH
+from bench.world.pairs import some_pairs
 from bench.world.questions import DECODER, ENCODER, Arm, Question
 from bench.world.report import Line
 from bench.world.resample import clustered, share
@@ -53,15 +54,11 @@ class Truth:
 
     def __getitem__(self, pairs: range) -> Truth:
         rows = list(pairs)
-        edits = first_pairs(self.edits, rows)
+        edits = some_pairs(self.edits, rows)
         return Truth(self.judge, edits, *(t[rows] for t in (self.source, self.target, self.changed, self.photos)))
 
     def of_kinds(self, kinds: tuple[str, ...]) -> Tensor:
         return torch.tensor([kind in kinds for kind in self.edits.kind])
-
-
-def first_pairs(edits: Edits, rows: list[int]) -> Edits:
-    return Edits([edits.kind[row] for row in rows], edits.source[rows], edits.target[rows])
 
 
 def as_told(probabilities: dict[str, Tensor], scenes: Scenes, attributes: tuple[str, ...]) -> Tensor:

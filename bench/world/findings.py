@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bench.world import report
 from bench.world.choose import EDITS_EACH
-from bench.world.compare import Truth, first_pairs, lines, pairs_of
+from bench.world.compare import Truth, lines, pairs_of
 from bench.world.evaluate import Maker, Setting
 from bench.world.grid import contact_sheet
-from bench.world.pairs import pairs_by_photo
+from bench.world.pairs import pairs_by_photo, some_pairs
 from bench.world.questions import Arm, Learned, Question, questions
 from bench.world.report import Line
 from forgedit import Editor
@@ -94,7 +94,7 @@ def main() -> None:
         parser.error(f"unknown questions {sorted(unknown)}; expected some of: {', '.join(asked)}")
     wanted = {name: args.first or asked[name].pairs for name in names}
     most = range(max(wanted.values()))
-    edits = first_pairs(pairs_by_photo(args.pairs // EDITS_EACH, EDITS_EACH, args.seed), list(most))
+    edits = some_pairs(pairs_by_photo(args.pairs // EDITS_EACH, EDITS_EACH, args.seed), list(most))
     makers = Makers(editor, edits, args.work / f"{editor.fingerprint[:12]}-{args.numerics}-{args.seed}-{args.pairs}")
     if args.part == "make":
         shard, shards = (int(part) for part in args.shard.split("/"))

@@ -45,3 +45,8 @@ def pairs_by_photo(photos: int, each: int, seed: int) -> Edits:
     source_scenes = scenes[alike]
     changed = replace(source_scenes, **dict(zip(ATTRIBUTES, columns, strict=True)))
     return Edits([kind for kind, _ in flat], source_scenes, changed)
+
+
+def some_pairs(edits: Edits, rows: list[int]) -> Edits:
+    """Those rows of the pairs."""
+    return Edits([edits.kind[row] for row in rows], edits.source[rows], edits.target[rows])

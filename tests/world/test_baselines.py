@@ -9,9 +9,10 @@ import torch
 
 from bench.world import baselines
 from bench.world.baselines import Arm, Kept, accepted, arms, both, rungs
-from bench.world.evaluate import Maker, held_out_pairs
+from bench.world.evaluate import Maker
+from bench.world.pairs import pairs_by_photo
 from forgedit import Editor
-from forgedit.evaluate.baselines import BASELINES, Baseline, SDEdit, Tuned, Unchanged, Untuned
+from forgedit.evaluate.baselines import BASELINES, Baseline, DreamBooth, Imagic, SDEdit, Tuned, Unchanged, Untuned
 from forgedit.world.score import Scores
 
 FAST = [Arm("photo unchanged", Baseline(Untuned(), Unchanged())), Arm("SDEdit", Baseline(Untuned(), SDEdit(0.02)))]
@@ -25,7 +26,10 @@ def test_what_learned_is_made_with_each_strategy() -> None:
         assert [n for n in names if n.partition(": ")[0] == name] == (
             [name] if isinstance(baseline.learning, Untuned) else wanted
         )
-    assert all(arm.strategy == "none" for arm in rungs())
+    assert all(arm.strategy == "none" for arm in rungs(("SDEdit", "Imagic", "DreamBooth", "Forgedit")))
+    assert {arm.name for arm in rungs(("Forgedit",))} == {"Forgedit 0.8", "Forgedit 1.0", "Forgedit 1.2"}
+    with pytest.raises(ValueError, match=r"no rungs of \['other'\]; expected some of: DreamBooth, "):
+        rungs(("other",))
 
 
 def test_both_at_once() -> None:
@@ -43,7 +47,7 @@ def editor() -> Editor:
 
 
 def test_pictures_are_kept(editor, tmp_path) -> None:
-    maker = Maker(editor, held_out_pairs(5, 1), editor.defaults.tune, tmp_path)
+    maker = Maker(editor, pairs_by_photo(1, 3, 1), editor.defaults.tune, tmp_path)
     kept = Kept(maker, editor.defaults.edit)
     kept.make(0, FAST[:1])
     assert kept.complete(FAST, range(1)) == FAST[:1]
@@ -55,25 +59,35 @@ def test_pictures_are_kept(editor, tmp_path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_what_forgedit_learned_is_the_makers(editor, tmp_path, monkeypatch) -> None:
-    maker = Maker(editor, held_out_pairs(5, 1), editor.defaults.tune, tmp_path)
+def test_what_is_learned_of_a_photo_serves_its_edits(editor, tmp_path, monkeypatch) -> None:
+    """Forgedit's own session is the maker's; Imagic's is of one target."""
+    maker = Maker(editor, pairs_by_photo(2, 3, 1), editor.defaults.tune, tmp_path)
     learned = Untuned().learn(editor, maker.photos[0], maker.captions[0], maker.targets[0])
-    asked: list[int] = []
-    monkeypatch.setattr(maker, "session", lambda pair: asked.append(pair) or learned)
+    asked: list[str] = []
+
+    def learn(name):
+        return lambda *_: asked.append(name) or learned
+
+    monkeypatch.setattr(maker, "session", learn("Forgedit"))
+    for kind in (Imagic, DreamBooth):
+        monkeypatch.setattr(kind, "learn", learn(kind.__name__))
     kept = Kept(maker, editor.defaults.edit)
-    kept.make(0, [Arm("SDEdit, tuned: none", Baseline(Tuned(), Unchanged())), *FAST[:1]])
-    assert asked == [0] and len(list(tmp_path.glob("*.png"))) == 2
+    wanted = [Arm(repr(kind), Baseline(kind(), Unchanged())) for kind in (Tuned, Imagic, DreamBooth)]
+    for pair in (0, 1, 3):
+        kept.make(pair, wanted)
+    assert asked == ["DreamBooth", "Imagic", "Forgedit", "Imagic", "DreamBooth", "Imagic", "Forgedit"]
+    assert len(list(tmp_path.glob("*.png"))) == 9
 
 
 def test_a_whole_comparison(tmp_path, monkeypatch, capsys) -> None:
     """Two shards, then the table, the rows and the sheet; learning and forgetting are tests/runtime's."""
     monkeypatch.setattr(baselines, "arms", lambda: FAST)
     out, grid = tmp_path / "rows.jsonl", tmp_path / "grid.png"
-    common = ["baselines", "--pairs", "5", "--first", "2", "--seed", "1", "--work", str(tmp_path / "work")]
+    common = ["baselines", "--pairs", "6", "--first", "6", "--seed", "1", "--work", str(tmp_path / "work")]
     for shard in ("0/2", "1/2"):
         monkeypatch.setattr(sys, "argv", [*common, "--shard", shard, "--make-only"])
         baselines.main()
-    assert len(list((tmp_path / "work").rglob("*.png"))) == 4
+    assert len(list((tmp_path / "work").rglob("*.png"))) == 12
     monkeypatch.setattr(sys, "argv", [*common, "--out", str(out), "--grid", str(grid)])
     baselines.main()
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
