@@ -23,8 +23,8 @@ from forgedit.engine.parking import Parking
 from forgedit.engine.reference import Reference
 from forgedit.engine.resident import Resident
 from forgedit.engine.stats import Stats, check_deadline
-from forgedit.engine.tune_inputs import Learned, TuneInputs
-from forgedit.errors import ModelError, TuneDiverged
+from forgedit.errors import ModelError
+from forgedit.learning import learn_subject, open_subject, trained_names
 from forgedit.model import Model, load_model, model_from_pipe
 from forgedit.progress import OnStep, Progress
 from forgedit.prompts import Prompts
@@ -33,15 +33,8 @@ from forgedit.quality.report import peak_bytes, versions
 from forgedit.session import Edit, Session, read_session
 from forgedit.session_file import base_fingerprint
 from forgedit.stages.caption import caption_photo
-from forgedit.stages.encode import (
-    check_prompt,
-    check_target,
-    encode_image,
-    encode_prompt,
-    resize_photo,
-)
+from forgedit.stages.encode import check_prompt, check_target, encode_image, encode_prompt
 from forgedit.stages.photo import Photo, composite_photo, open_photo
-from forgedit.stages.tune import first_embedding, trainable_names
 from forgedit.turns import Turns
 from forgedit.weights import Weights
 from forgedit_kernels import available_backends
@@ -170,6 +163,7 @@ class Editor:
         cancel: threading.Event | None = None,
         target: str = "",
         embedding: Tensor | None = None,
+        others: Sequence[Photo] = (),
     ) -> Session:
         """Learn one photo (METHOD sections 1, 2, 6).
 
@@ -180,64 +174,48 @@ class Editor:
         target: the coming target if known; only decides the caption's prefix
         embedding: [1, T, D], where learning starts instead of the caption's, such as another session's. With all rates
             0 nothing is learned, at once, and the session is of the original weights
+        others: experimental: more photos of the same subject, learned together with the first under its caption: the
+            rows of each step's batch take the photos in turn. Those of another shape than the first are scaled to cover
+            its edited size, and cut off evenly on both sides. Edits begin from noise and may come out placed as in any
+            of the photos, so change_mask, keep_outside and choose, which compare with the first, say less of them
         Raises: InputError for the photo or the caption; ModelError without captioner and caption; TuneDiverged;
             Cancelled; ValueError for a profile that trains nothing of this UNet, or an embedding of another shape, or
-            with a text encoder that is trained; RuntimeError from inside on_step.
+            with a text encoder that is trained, or more photos than samples; RuntimeError from inside on_step.
             A tune that fails leaves the original weights.
         Source: Forgedit, arXiv 2309.10556, section 3.2
         """
-        config = config or self.defaults.tune
-        progress = Progress(on_step, cancel)
+        config, progress = config or self.defaults.tune, Progress(on_step, cancel)
         if config.caption is not None:
             check_prompt(config.caption, "caption")
-        opened = open_photo(photo)
-        image = composite_photo(opened)
-        model, generator = self.model, torch.Generator().manual_seed(config.seed)
+        subject, names = open_subject([photo, *others]), trained_names(self._weights.working, config)
         with self._turn(progress):
             with progress.stage("caption"):
-                caption = config.caption if config.caption is not None else self._caption(image, target)
-            with progress.stage("encode"):
-                resized = resize_photo(image, config, model.resolution, model.vae_scale)
-                vae = self._method_path().encoder(*resized.size, config.memory_bytes)
-                encoded = encode_image(resized, vae, generator)
-                ids, _ = self._prompts.tokens(caption)
-                self._restore()
-                start = first_embedding(encode_prompt(ids, model.text_encoder), embedding, config)
-            with progress.stage("tune") as report:
-                rates = {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}
-                names = [name for name in self._trained(config.profile) if rates[name.partition(".")[0]]]
-                learned = Learned(start, {}, (), False, "nothing was learned")
-                if names or config.embedding_lr:
-                    inputs = TuneInputs(
-                        latents=encoded.latents,
-                        embedding=start,
-                        token_ids=ids,
-                        alphas_cumprod=model.alphas_cumprod,
-                        prediction_type=model.prediction_type,
-                        names=names,
-                        config=config,
-                        generator=generator,
-                        on_step=report,
-                    )
-                    learned = self._method_path().learn(inputs)
-                if not all(weight.isfinite().all() for weight in (learned.embedding, *learned.tuned.values())):
-                    raise TuneDiverged("the last step left values that are not finite; lower unet_lr or loss_scale")
-        for stage, spent in progress.seconds.items():
+                caption = config.caption if config.caption is not None else self._caption(subject.images[0], target)
+            path, restore = self._method_path, self._restore
+            session = learn_subject(
+                self, subject, caption, embedding, names, config, self._prompts, path, restore, progress
+            )
+        for stage, spent in session.seconds.items():
             self._stats.record(stage, spent)
-        return Session(
-            editor=self,
-            source=encoded.image,
-            caption=caption,
-            config=config,
-            embedding=learned.embedding,
-            tuned=learned.tuned,
-            losses=learned.losses,
-            stopped_early=learned.stopped_early,
-            way=learned.way,
-            seconds=progress.seconds,
-            photo_size=opened.size,
-            opacity=opened.getchannel("A") if opened.mode == "RGBA" else None,
-        )
+        return session
+
+    def encode(self, session: Session, pictures: Sequence[Image.Image]) -> Tensor:
+        """Latents [N, C, h, w] of N pictures, for travel.
+
+        pictures: RGB, of the size of session.source. Each is drawn from its posterior with the session's own seed, so
+            that the photo's latents are those that were learned, and pictures that are alike have latents that are
+        Raises: ValueError for a picture of another size, or another editor's session
+        """
+        self._check_owner(session)
+        size = session.source.size
+        for picture in pictures:
+            if picture.size != size:
+                raise ValueError(f"a picture has size {picture.size}; expected the session's, {size}, in pixels")
+        with self._turn(Progress(None, None)):
+            vae = self._method_path().encoder(*size, session.config.memory_bytes)
+            seed = session.config.seed
+            encoded = [encode_image(picture, vae, torch.Generator().manual_seed(seed)) for picture in pictures]
+        return torch.cat([one.latents for one in encoded])
 
     def edit(
         self,
@@ -310,7 +288,8 @@ class Editor:
         """Take latents along schedules of your own, one after another: what other methods are made of.
 
         session: whose UNet it is, forgotten as strategy and keep say
-        start: [1, C, h, w] float32 on the model's device, of the noise level at which the first leg begins
+        start: [B, C, h, w] float32 on the model's device, of the noise level at which the first leg begins; as many of
+            them go together as edits do
         legs: each a schedule with its prompt and guidance; on_step, cancel: as in edit
         Raises: ValueError for the strategy, or another editor's session; EditDiverged; Cancelled; RuntimeError from
             inside on_step
@@ -412,11 +391,6 @@ class Editor:
     def _check_owner(self, session: Session) -> None:
         if session.editor is not self:
             raise ValueError("the session belongs to another editor; save it, and load it with this one's load_session")
-
-    def _trained(self, profile: str) -> list[str]:
-        unet = trainable_names([name for name, _ in self.model.unet.named_parameters()], profile)
-        text = [name for name in self._weights.working if name.startswith("text_encoder.")]
-        return [f"unet.{name}" for name in unet] + (text if profile == "dreambooth" else [])
 
     def _method_path(self) -> Reference | Resident:
         """Where edits are made; the engine is laid out by the first edit, from the originals."""

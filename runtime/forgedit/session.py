@@ -106,6 +106,7 @@ class Session:
     losses: one per step, the step that stopped early included; stopped_early: whether there was one
     way: how it was computed, in words: mode and rows at once of the engine, or the plain path
     seconds: seconds by stage
+    num_photos: learned together; source, photo_size and opacity are the first one's
     photo_size, opacity: of the upright photo, see Edit
     prompts: the prompts already encoded, filled by the editor
     """
@@ -120,6 +121,7 @@ class Session:
     stopped_early: bool
     seconds: dict[str, float]
     way: str = ""
+    num_photos: int = 1
     photo_size: tuple[int, int] | None = None
     opacity: Image.Image | None = field(repr=False, default=None)
     prompts: dict[str, Prompt] = field(repr=False, default_factory=dict)
@@ -200,6 +202,7 @@ class Session:
             "stopped_early": self.stopped_early,
             "seconds": self.seconds,
             "way": self.way,
+            "num_photos": self.num_photos,
             "photo_size": self.photo_size,
             "delta": delta,
         }
@@ -302,6 +305,7 @@ def _unpacked(editor: Editor, tensors: dict[str, Tensor], record: dict[str, Any]
         stopped_early=record["stopped_early"],
         seconds=record["seconds"],
         way=record.get("way", ""),  # files of before it was noted
+        num_photos=record.get("num_photos", 1),  # likewise
         photo_size=tuple(size) if (size := record["photo_size"]) else None,
         opacity=None if opacity is None else Image.fromarray(opacity.numpy()),
     )

@@ -16,6 +16,7 @@ from forgedit.engine.learner import DTYPES, Learner
 from forgedit.engine.tune_inputs import TuneInputs, draw
 from forgedit.engine.tune_plan import PassCost, Way, choose_way, ladder, peak_during, predicted_bytes
 from forgedit.engine.tuner import Tuner
+from forgedit.learning import trained_names
 from forgedit.model.fuse import FusedUNet
 from forgedit.stages.encode import encode_prompt
 from forgedit.stages.tune import first_stop
@@ -39,7 +40,7 @@ class Task:
     def __init__(self, editor, config=TUNE, shape=(1, 4, 8, 8)):
         self.editor, self.config = editor, config
         self.model, self.original = editor.model, editor.originals()
-        self.names = editor._trained(config.profile)
+        self.names = trained_names(self.original, config)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         self.ids, _ = editor._prompts.tokens("a cat")
         self.embedding = encode_prompt(self.ids, self.model.text_encoder)

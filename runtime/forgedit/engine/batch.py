@@ -103,20 +103,28 @@ class Leg:
 
     prompt: as the session's text encoder sees it; None for the session's source embedding
     guidance_scale: 1 for no guidance
+    blend: the edit whose blend of source and prompt embedding stands for the prompt; None for the prompt alone
     """
 
     schedule: Schedule
     prompt: str | None
     guidance_scale: float
+    blend: EditConfig | None = None
 
 
 @dataclass(frozen=True)
 class Travelled:
-    """Where latents came to: latents [1, C, h, w] float32, their picture, and seconds by stage."""
+    """Where latents came to: latents [B, C, h, w] float32, their pictures, and seconds by stage."""
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     latents: Tensor
     seconds: dict[str, float]
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture of one row of latents. Raises: ValueError if there are several"""
+        (image,) = self.images
+        return image
 
 
 def travel(
@@ -133,21 +141,30 @@ def travel(
     """As Editor.travel says. prompts: the embedding of each leg; nothing: of the empty prompt; all [1, T, D]"""
     with progress.stage("forget"):
         path.load(weakref.ref(session), unet_weights(session), strategy, keep)
-    latents = start
+    embeddings = [
+        prompt if leg.blend is None else path.blend(session.embedding, prompt, [leg.blend])
+        for leg, prompt in zip(legs, prompts, strict=True)
+    ]
+    _, channels, height, width = start.shape
+    parts, arrived = start.split(path.max_edits((channels, height, width))), []
     with progress.stage("sample") as report:
-        total, before = sum(len(leg.schedule.timesteps) for leg in legs), 0
-        for leg, prompt in zip(legs, prompts, strict=True):
+        total, before = len(parts) * sum(len(leg.schedule.timesteps) for leg in legs), 0
+        for latents in parts:
+            for leg, embedding in zip(legs, embeddings, strict=True):
 
-            def on_step(step: int, steps: int, loss: float | None, before: int = before) -> None:
-                report(before + step, total, loss)
+                def on_step(step: int, steps: int, loss: float | None, before: int = before) -> None:
+                    report(before + step, total, loss)
 
-            latents = path.follow(leg.schedule, latents, prompt, nothing, leg.guidance_scale, on_step)
-            before += len(leg.schedule.timesteps)
+                rows = embedding.expand(len(latents), -1, -1)
+                latents = path.follow(leg.schedule, latents, rows, nothing, leg.guidance_scale, on_step)
+                before += len(leg.schedule.timesteps)
+            arrived.append(latents)
+        latents = torch.cat(arrived)
         if not latents.abs().max() < MOST_LATENT:
             raise EditDiverged("the latents grew without bound; lower guidance_scale")
     with progress.stage("decode"):
-        (image,) = path.decode(latents)
-    return Travelled(image, latents, progress.seconds)
+        images = tuple(path.decode(latents))
+    return Travelled(images, latents, progress.seconds)
 
 
 def unet_weights(session: Session) -> dict[str, Tensor]:

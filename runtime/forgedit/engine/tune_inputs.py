@@ -1,4 +1,4 @@
-"""What goes into the learning of one photo, what is drawn for it, and what comes out."""
+"""What goes into the learning of a photo, or of several together, what is drawn for it, and what comes out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from forgedit.config import TuneConfig
-from forgedit.stages.tune import training_target
+from forgedit.stages.tune import photo_order, training_target
 
 
 @dataclass(frozen=True)
 class TuneInputs:
-    """One photo, its caption, and how to learn them.
+    """A photo, or several of one subject, the caption, and how to learn them.
 
-    latents: [1, C, h, w], scaled; embedding, token_ids: [1, T, D] and [1, T], of the caption
+    latents: [N, C, h, w], scaled, one a photo; embedding, token_ids: [1, T, D] and [1, T], of the caption
     alphas_cumprod: [train steps]; prediction_type: what the UNet answers, 'epsilon' or 'v_prediction'
     names: of the weights to train, prefixed 'unet.' or 'text_encoder.'
     generator: on the CPU; each step draws noise, then timesteps
@@ -51,8 +51,10 @@ def draw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps' random numbers, in METHOD's order, and what follows from them.
 
+    latents: [N, C, h, w]; each row is of the photo that photo_order says
     Returns: noisy latents [S, B, C, h, w], timesteps [S, B], and what the UNet should answer, like the noisy latents
     """
+    order = photo_order(len(latents), config)
     shape = (config.batch_size, *latents.shape[1:])
     noises, drawn = [], []
     for _ in range(config.num_steps):
@@ -60,5 +62,6 @@ def draw(
         drawn.append(torch.randint(0, len(alphas_cumprod), shape[:1], generator=generator))
     noise, timesteps = torch.stack(noises).to(latents.device), torch.stack(drawn).to(latents.device)
     signal = alphas_cumprod[timesteps][:, :, None, None, None]
-    noisy = signal**0.5 * latents + (1 - signal) ** 0.5 * noise
-    return noisy, timesteps, training_target(noise, latents.expand_as(noise), signal, prediction_type)
+    clean = latents if len(latents) == 1 else latents[order.to(latents.device)]  # one photo needs no copies
+    noisy = signal**0.5 * clean + (1 - signal) ** 0.5 * noise
+    return noisy, timesteps, training_target(noise, clean.expand_as(noise), signal, prediction_type)

@@ -99,10 +99,11 @@ def predicted_bytes(
     passing: PassCost,
     held: int = 0,
     parkable: int = 0,
+    photos: int = 1,
 ) -> int:
     """What is held at the worst moment of learning a photo.
 
-    trained: the weights, of any dtype; latents: elements of one picture's
+    trained: the weights, of any dtype; latents: elements of one picture's; photos: learned together
     passing: measured in the way's dtype, with or without its checkpointing, gradients of weights let go at once
     held: bytes of what lies there besides, the UNet that is trained among them; parkable: of it, what can be parked
     """
@@ -111,7 +112,9 @@ def predicted_bytes(
     masters = 0 if way.mode == "exact" else 4 * count
     freed = way.mode == "lean" and way.micro_batch == config.batch_size
     gradients = 0 if freed else itemsize * count
-    draws = 4 * 3 * config.num_steps * config.batch_size * latents  # noise goes once the noisy latents are there
+    rows = config.num_steps * config.batch_size
+    spread = photos + rows if photos > 1 else 0  # each row's own photo, while the noisy latents are made
+    draws = 4 * (3 * rows + spread) * latents  # noise goes once the noisy latents are there
     lasting = masters + gradients + MOMENT_BYTES[way.mode] * count + draws
     learned = 0 if way.parked else 4 * count  # the caller's own, copied when the last pass is over
     meanwhile = held - parkable if way.parked else held

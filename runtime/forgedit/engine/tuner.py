@@ -163,7 +163,14 @@ class Tuner:
             laid_out = 0 if DTYPES[way.mode] == self._shared.dtype else size * DTYPES[way.mode].itemsize
             passing = passing or self._pass_cost(way, inputs)
             return predicted_bytes(
-                way, trained, config, latents[0].numel(), passing, held=held + laid_out, parkable=parkable
+                way,
+                trained,
+                config,
+                latents[0].numel(),
+                passing,
+                held=held + laid_out,
+                parkable=parkable,
+                photos=len(latents),
             )
 
         # a way that does not fit even without a pass is not tried where a parked one follows: measuring takes room too
@@ -194,7 +201,7 @@ class Tuner:
         source = inputs.embedding.detach().clone().requires_grad_()
 
         def run(rows: int) -> None:
-            noisy = inputs.latents.expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
+            noisy = inputs.latents[:1].expand(rows, -1, -1, -1).to(unet.dtype, memory_format=torch.channels_last)
             timesteps = torch.zeros(rows, dtype=torch.int64, device=unet.device)
             unet.predict(noisy, timesteps, source).float().square().mean().backward()
 

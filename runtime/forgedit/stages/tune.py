@@ -1,4 +1,4 @@
-"""Learning: source embedding and UNet optimised together on one photo (METHOD sections 2 and 6)."""
+"""Learning: source embedding and UNet optimised together on a photo, or several (METHOD sections 2 and 6)."""
 
 from __future__ import annotations
 
@@ -83,6 +83,18 @@ def first_stop(config: TuneConfig) -> int:
     return min(config.min_samples // config.batch_size + 1, config.num_steps)
 
 
+def photo_order(photos: int, config: TuneConfig) -> Tensor:
+    """Which photo each row of each step learns: one after the other, so that each is learned as often as any other.
+
+    Returns: [steps, batch] int64, row b of step s learns photo (s * batch + b) mod photos
+    Raises: ValueError for more photos than a step's rows times the steps, as some would never be learned
+    """
+    samples = config.num_steps * config.batch_size
+    if photos > samples:
+        raise ValueError(f"{photos} photos are more than the {samples} samples of num_steps and batch_size; raise them")
+    return (torch.arange(samples) % photos).view(config.num_steps, config.batch_size)
+
+
 def tune(
     unet: Any,
     text_encoder: Any,
@@ -99,12 +111,14 @@ def tune(
 
     unet, text_encoder: contiguous modules; only profile 'dreambooth' trains and reads the text encoder. What has rate 0
         in the config is not trained; one rate at least is more
-    token_ids, embedding: [1, T] and [1, T, D] of the source prompt; latents: [1, C, h, w], scaled
+    token_ids, embedding: [1, T] and [1, T, D] of the source prompt; latents: [N, C, h, w], scaled, one
+        a photo, see photo_order
     alphas_cumprod: [train steps]; all on one device
     prediction_type: 'epsilon' or 'v_prediction', see training_target; config.loss_threshold is in the loss's own units
     generator: on the CPU; each step draws noise, then timesteps
     on_step: called with (step, total, loss) after each step
-    Raises: TuneDiverged if the loss is not finite; ValueError for a UNet that is not contiguous, or the prediction_type
+    Raises: TuneDiverged if the loss is not finite; ValueError for a UNet that is not contiguous, the prediction_type,
+        or more photos than samples
     """
     trains_text = config.text_encoder_lr > 0
     parameters = dict(unet.named_parameters())
@@ -124,10 +138,11 @@ def tune(
     elif config.embedding_lr:
         groups.append(dict(params=[embedding.requires_grad_(True)], lr=config.embedding_lr))
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=config.eps)
-    batch = latents.expand(config.batch_size, -1, -1, -1).contiguous()
+    order = photo_order(len(latents), config).to(latents.device)
     losses: list[float] = []
     stopped_early = False
     for step in range(config.num_steps):
+        batch = latents[order[step]]
         noise = torch.randn(batch.shape, generator=generator).to(batch.device)
         timesteps = torch.randint(0, len(alphas_cumprod), (config.batch_size,), generator=generator).to(batch.device)
         signal = alphas_cumprod[timesteps][:, None, None, None]
