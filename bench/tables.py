@@ -4,6 +4,7 @@ stands between their markers, `<!-- table: NAME -->` and `<!-- end of table -->`
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from bench.measure import RESULTS, ROOT
 from bench.program import plain_parser
 from bench.rows import Rows, in_words, newest_runs, one_edit, origin, read, seconds_of
+from bench.world.findings_rows import SHOWN, shown_lines
 
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OF_SESSIONS = {
@@ -83,7 +85,7 @@ def _decibels(values: list[float], scenes: int) -> str:
 
 def world_table(results: Path) -> str:
     """What was measured of the newest bundled model where a bar is set; of equal measures the newest row."""
-    rows = read("world", results)
+    rows = [row for row in read("world", results) if row.get("question") is None]  # docs/findings.md has the others
     newest = {(row["case"], row["part"]): row for row in rows if row["model"] == rows[-1]["model"]}
     lines = []
     for (case, part), row in newest.items():
@@ -227,6 +229,15 @@ def _asked(line: EditLine, row: dict[str, Any] | None, value: float | None) -> s
     return f"{bar}: {'met' if met else '**missed**'}"
 
 
+def findings_table(name: str, results: Path) -> str:
+    """A question of docs/findings.md: an arm a line."""
+    heads, lines, rows = shown_lines(SHOWN[name], results)
+    if not rows:
+        return NOT_MEASURED
+    of = f"{max(row['pairs'] for row in rows)} edits of {max(row['photos'] for row in rows)} photos"
+    return _table(heads, lines) + f"\n{of}, 95 % intervals by photo, model {rows[-1]['model']}: {origin(rows)}.\n"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "denoise": denoise_table,
     "tune": tune_table,
@@ -236,10 +247,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sessions": sessions_table,
     "stages": stages_table,
     "world": world_table,
+    **{name: partial(findings_table, name) for name in SHOWN},
 }
 FILES = {
     ROOT / "README.md": ("stages", "sessions", "denoise", "tune", "edit", "equality", "learned"),
     ROOT / "runtime/forgedit/model/bundled/README.md": ("world",),
+    ROOT / "docs/findings.md": tuple(SHOWN),
 }
 
 

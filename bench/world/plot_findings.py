@@ -1,0 +1,221 @@
+"""Pictures of docs/findings.md, made from the rows: `python -m bench.world.plot_findings [--out docs/findings]`.
+
+forgetting.png  what each strategy takes away of a photo, and what it lets be edited
+blend.png       VS and VP: edits that succeed and keep the rest, against what is left outside them
+keep.png        from nothing kept of what is forgotten to all
+steps.png       tuning steps: the photo learned, the edit lost
+baselines.png   other methods, with and without forgetting
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.measure import RESULTS, ROOT
+from bench.plot import BLUE, DPI, GREY, ORANGE, WIDTH
+from bench.program import plain_parser
+from bench.world.findings_rows import Row, question_rows
+from bench.world.questions import DECODER, ENCODER, KEPT_SHARES, STEPS
+
+GREEN = "#4d7c4d"
+Found = dict[tuple[str, str], Row]
+
+
+def plot_forgetting(found: Found) -> Figure:
+    """Left: shares of structure and appearance lost, of reconstructions. Right: success of the two kinds of edits."""
+    figure, (left, right) = _panels(2)
+    for names, color in ((ENCODER, BLUE), (DECODER, ORANGE)):
+        for name, mark in zip(names, "osD", strict=True):
+            rows = [found[f"{name}, share lost", part] for part in ("structure", "appearance")]
+            _cross(left, rows[0], rows[1], color, mark, name)
+    left.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle="--")
+    left.set_xlabel("structure lost, share of what was learned", fontsize=8)
+    left.set_ylabel("appearance lost, likewise", fontsize=8)
+    _title(left, "The photo alone (gamma 0)")
+    left.legend(fontsize=7, frameon=False)
+    arms = ("none", *ENCODER, *DECODER)
+    for shift, (part, color) in zip((-0.18, 0.18), (("structure", BLUE), ("appearance", ORANGE)), strict=True):
+        rows = [found[f"{name}, gamma 1", f"success, {part} edits"] for name in arms]
+        right.errorbar(
+            [row["value"] for row in rows],
+            [place + shift for place in range(len(arms))],
+            xerr=_arms(rows),
+            fmt="o",
+            color=color,
+            markersize=4,
+            linewidth=1,
+            label=f"edits of {part}",
+        )
+    right.set_yticks(range(len(arms)), arms)
+    right.set_ylim(len(arms) - 0.4, -0.6)
+    right.set_xlabel("success", fontsize=8)
+    right.legend(fontsize=7, frameon=False, loc="lower left")
+    _title(right, "Edits (gamma 1)")
+    return _signed(figure, found)
+
+
+def plot_blend(found: Found) -> Figure:
+    """A frontier: up is better, and so is right."""
+    figure, panels = _panels(2)
+    names = [case for case, part in found if part == "success and kept" and " above " not in case]
+    for axes, of in zip(panels, ("structure", "appearance"), strict=True):
+        ways = [("VS", [name for name in names if name[:2] == "VS"], BLUE)]
+        for weight, color in (("+1", ORANGE), ("+1.3", GREEN)):
+            ways.append((f"VP, edit {weight[1:]}", [n for n in names if n[:2] == "VP" and n.endswith(weight)], color))
+        for label, arms, color in ways:
+            across = [found[arm, f"PSNR outside, {of} edits"]["value"] for arm in arms]
+            up = [found[arm, f"success and kept, {of} edits"]["value"] for arm in arms]
+            axes.plot(across, up, "o-", color=color, markersize=4, linewidth=1, label=label)
+            for arm, x, y in zip(arms, across, up, strict=True):
+                words = arm[3:].partition("+")[0]
+                axes.annotate(words, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7, color=color)
+        axes.set_xlabel("PSNR outside, dB", fontsize=8)
+        axes.set_ylim(-0.05, 1.08)
+        _title(axes, f"Edits of {of}")
+    panels[0].set_ylabel("success and kept", fontsize=8)
+    panels[0].legend(fontsize=7, frameon=False, loc="lower left")
+    return _signed(figure, found, "numbers: gamma of VS, identity_weight of VP")
+
+
+def plot_keep(found: Found) -> Figure:
+    figure, panels = _panels(2)
+    for axes, part in zip(panels, ("success and kept", "PSNR outside"), strict=True):
+        for strategy, color in (("encoderattn", BLUE), ("decoderattn", ORANGE)):
+            rows = [found[f"{strategy}, keep {keep:g}", part] for keep in KEPT_SHARES]
+            _line(axes, KEPT_SHARES, rows, color, strategy)
+        axes.set_xlabel("keep (1: nothing is forgotten)", fontsize=8)
+        axes.set_xticks(KEPT_SHARES)
+    panels[0].set_ylim(-0.05, 1.08)
+    _title(panels[0], "Success and kept")
+    _title(panels[1], "PSNR outside, dB")
+    panels[0].legend(fontsize=7, frameon=False, loc="lower left")
+    return _signed(figure, found)
+
+
+def plot_steps(found: Found) -> Figure:
+    figure, panels = _panels(3)
+    of_photo = [found[f"{steps} steps, reconstruction", "PSNR to the photo"] for steps in STEPS]
+    _line(panels[0], STEPS, of_photo, GREY, "")
+    for part, color in (("success", BLUE), ("rest kept", ORANGE)):
+        _line(panels[1], STEPS, [found[f"{steps} steps", part] for steps in STEPS], color, part)
+    _line(panels[2], STEPS, [found[f"{steps} steps", "PSNR outside"] for steps in STEPS], GREY, "")
+    panels[1].set_ylim(-0.05, 1.08)
+    panels[1].legend(fontsize=7, frameon=False, loc="lower left")
+    for axes, words in zip(panels, ("The photo, dB", "Its edits", "Outside the edit, dB"), strict=True):
+        axes.set_xscale("log")
+        axes.set_xticks(STEPS, [f"{steps}" for steps in STEPS])
+        axes.minorticks_off()
+        axes.set_xlabel("tuning steps", fontsize=8)
+        _title(axes, words)
+    return _signed(figure, found)
+
+
+def plot_baselines(found: Found) -> Figure:
+    """A dot a method with nothing forgotten, and an arrow to each strategy."""
+    figure, (axes,) = _panels(1)
+    arms = [case for case, part in found if part == "success and kept" and " above " not in case]
+    for method in dict.fromkeys(arm.partition(": ")[0] for arm in arms):
+        start = next(arm for arm in arms if arm in (method, f"{method}: none"))
+        x, y = (found[start, part]["value"] for part in ("PSNR outside", "success and kept"))
+        color = ORANGE if method == "Forgedit" else BLUE
+        axes.scatter([x], [y], color=color, s=22, zorder=3)
+        axes.annotate(method, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
+        for strategy, mark in (("encoderattn", "^"), ("decoderattn", "v")):
+            if (arm := f"{method}: {strategy}") in arms:
+                to = tuple(found[arm, part]["value"] for part in ("PSNR outside", "success and kept"))
+                axes.annotate("", to, (x, y), arrowprops=dict(arrowstyle="-", color=color, linewidth=0.6))
+                axes.scatter(*to, marker=mark, color=color, s=18, alpha=0.7)
+    for mark, words in (("o", "nothing forgotten"), ("^", "encoderattn"), ("v", "decoderattn")):
+        axes.scatter([], [], marker=mark, color=GREY, s=18, label=words)
+    axes.set_xlim(right=min(axes.get_xlim()[1], 34))  # the photo unchanged is at infinity
+    axes.set_ylim(-0.05, 1.08)
+    axes.set_xlabel("PSNR outside, dB", fontsize=8)
+    axes.set_ylabel("success and kept", fontsize=8)
+    axes.legend(fontsize=7, frameon=False, loc="lower left")
+    _title(axes, "Other methods, on the same model")
+    return _signed(figure, found)
+
+
+PLOTS: dict[str, Callable[[Found], Figure]] = {
+    "forgetting": plot_forgetting,
+    "blend": plot_blend,
+    "keep": plot_keep,
+    "steps": plot_steps,
+    "baselines": plot_baselines,
+}
+
+
+def _panels(columns: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    panels = list(figure.subplots(1, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    return figure, panels
+
+
+def _title(axes: Axes, words: str) -> None:
+    axes.set_title(words, loc="left", fontsize=10)
+
+
+def _arms(rows: Sequence[Row]) -> list[list[float]]:
+    """Of error bars: below and above each value."""
+    return [
+        [max(row["value"] - row["low"], 0) for row in rows],
+        [max(row["high"] - row["value"], 0) for row in rows],
+    ]
+
+
+def _line(axes: Axes, places: Sequence[float], rows: Sequence[Row], color: str, label: str) -> None:
+    values = [row["value"] for row in rows]
+    axes.errorbar(
+        places, values, yerr=_arms(rows), fmt="o-", color=color, markersize=4, linewidth=1, capsize=2, label=label
+    )
+
+
+def _cross(axes: Axes, across: Row, up: Row, color: str, mark: str, label: str) -> None:
+    axes.errorbar(
+        [across["value"]],
+        [up["value"]],
+        xerr=_arms([across]),
+        yerr=_arms([up]),
+        fmt=mark,
+        color=color,
+        markersize=5,
+        linewidth=0.8,
+        label=label,
+    )
+
+
+def _signed(figure: Figure, found: Found, words: str = "") -> Figure:
+    """How many edits, and which model, below."""
+    row = list(found.values())[-1]
+    about = f"{row['pairs']} edits of {row['photos']} photos, model {row['model']}, {row['time'][:10]}"
+    figure.supxlabel(f"{words}{'; ' if words else ''}{about}", color=GREY, fontsize=8)
+    return figure
+
+
+def save(out: Path, results: Path = RESULTS) -> list[Path]:
+    """Write every picture whose question has rows."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, plot in PLOTS.items():
+        if found := question_rows(name, results):
+            paths.append(out / f"{name}.png")
+            plot(found).savefig(paths[-1], metadata={"Software": None})  # the same rows give the same file
+    return paths
+
+
+def main() -> None:
+    parser = plain_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "findings")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    args = parser.parse_args()
+    for path in save(args.out, args.results):
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
