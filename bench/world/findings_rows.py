@@ -42,14 +42,17 @@ DIFFERENCES = {"accepted": "accepted, difference", "PSNR outside": "dB outside, 
 PHOTO = {"PSNR to the photo": "dB to the photo", "structure": "structure", "colour distance": "colours, ΔE"}
 KINDS = ("colour", "pattern", "object", "background", "pose")
 
+OF_TWO_KINDS = {f"success, {kind} edits": f"success, {kind} edits" for kind in ("structure", "appearance")}
+
 SHOWN = {
+    "findings_strategies": Shown(
+        "strategies",
+        OF_TWO_KINDS | {part: head for part, head in ACCEPTED.items() if part != "success"},
+        {"accepted": "accepted, above none:1"},
+    ),
     "findings_forgetting": Shown(
         "forgetting",
-        {
-            "success, structure edits": "success, structure edits",
-            "success, appearance edits": "success, appearance edits",
-            **{part: head for part, head in ACCEPTED.items() if part != "success"},
-        },
+        OF_TWO_KINDS | {part: head for part, head in ACCEPTED.items() if part != "success"},
         {"accepted": "accepted, above none"},
         lambda arm: arm.endswith("gamma 1"),
     ),
@@ -57,7 +60,7 @@ SHOWN = {
     "findings_profile": Shown("profile", ACCEPTED | {"PSNR to the photo": "dB to the photo"}, DIFFERENCES),
     "findings_source": Shown("source", ACCEPTED | {"PSNR to the photo": "dB to the photo"}, DIFFERENCES),
     "findings_blend": Shown("blend", ACCEPTED, DIFFERENCES),
-    "findings_kinds": Shown("blend", {f"accepted, {kind}": kind for kind in KINDS}, {}),
+    "findings_kinds": Shown("strategies", {f"accepted, {kind}": kind for kind in KINDS}, {}),
     "findings_keep": Shown("keep", ACCEPTED, DIFFERENCES),
     "findings_steps": Shown(
         "steps", ACCEPTED | {"PSNR to the photo": "dB to the photo"}, {"accepted": "accepted, above 40 steps"}
@@ -75,7 +78,10 @@ def shown_lines(shown: Shown, results: Path = RESULTS) -> tuple[list[str], list[
     rows = question_rows(shown.question, results)
     arms = [arm for arm in dict.fromkeys(case for case, _ in rows) if " above " not in arm and shown.arms(arm)]
     arms = [arm for arm in arms if not arm.endswith("share lost")]
-    bases = {case.partition(" above ")[0]: case for case, _ in rows if " above " in case}
+    bases: dict[str, str] = {}  # the first that an arm was compared with
+    for case, _ in rows:
+        if " above " in case:
+            bases.setdefault(case.partition(" above ")[0], case)
     columns = [(head, part, lambda arm: arm) for part, head in shown.parts.items()]
     columns += [(head, part, lambda arm: bases.get(arm, "")) for part, head in shown.above.items()]
     if shown.lost:

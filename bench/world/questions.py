@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.world.choose import QUICK
 from forgedit import EditConfig
+from forgedit.config import parse_rung
 
 ENCODER = ("encoderattn", "encoderkv", "noencoder")
 DECODER = ("decoderattn", "decoderkv", "nodecoder")
@@ -69,6 +70,7 @@ def questions(default: EditConfig) -> dict[str, Question]:
     base = replace(default, strategy="none", keep=0.0, blend="vs", gamma=1.0, identity_weight=1.0, edit_weight=1.0)
     base = replace(base, **QUICK)
     return {
+        "strategies": _strategies(base),
         "forgetting": _forgetting(base),
         "profile": _two_ways(base, "official", "paper", Learned(tune=(("profile", "paper"),))),
         "source": replace(_two_ways(base, "caption", "target", Learned(source="target")), pairs=15),
@@ -77,6 +79,14 @@ def questions(default: EditConfig) -> dict[str, Question]:
         "steps": _steps(base),
         "delta": _delta(base),
     }
+
+
+def _strategies(base: EditConfig) -> Question:
+    """Those of choose.py's rungs that answer something, on all of its pairs: what it made is not made again."""
+    rungs = ("none:1", "encoderattn:1", "decoderattn:1", "none:0.8", "none:1.2", "encoderattn:1.2", "none:1+1.2")
+    arms = tuple(Arm(rung, replace(base, **parse_rung(rung))) for rung in rungs)
+    against = [(rung, "none:1") for rung in rungs[1:]] + [("none:1+1.2", "none:1.2"), ("none:1+1.2", "none:0.8")]
+    return Question(arms, tuple(against), by_kind=True, pairs=201)
 
 
 def _forgetting(base: EditConfig) -> Question:

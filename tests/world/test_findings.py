@@ -40,6 +40,7 @@ def test_edits_are_those_that_a_choice_keeps() -> None:
     rungs = {json.dumps(asdict(replace(base, **parse_rung(rung)))) for rung in LADDER}
     usual = [arm for question in QUESTIONS.values() for arm in question.arms if arm.learned == Learned()]
     shared = {arm.name for arm in usual if json.dumps(asdict(arm.edit)) in rungs}
+    assert shared >= {arm.name for arm in QUESTIONS["strategies"].arms}
     assert shared >= {"VS 0.8", "VS 1", "VS 1.2", "encoderattn, gamma 1", "decoderattn, gamma 1", "fp32"}
 
 
