@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from forgedit import ChooseConfig, EditConfig, InputError
-from forgedit.calibrate.marks import read_trials
+from forgedit.calibrate.marks import read_marked
 from forgedit.calibrate.profile_file import read_profile, write_profile
 from forgedit.calibrate.search import Trial, calibrate, outcome
 from forgedit.cli import main
@@ -124,15 +124,21 @@ def test_a_profile_is_read_again_and_others_are_refused(tmp_path):
     profile = json.loads(path.read_text())
     assert profile["check"]["held_out"] == 15
     for change, message in (
-        ({"version": 2}, "has version 2, this program reads 1"),
+        ({"version": 1}, "has version 1, this program reads 2"),
         ({"format": "other"}, "is no profile"),
         ({"choose": {"ladder": []}}, "malformed"),
         ({"choose": {"nix": 1}}, "malformed"),
+        ({"choose": 7}, "malformed"),
+        ({"choose": {"ladder": "none:1"}}, "malformed"),
+        ({"choose": {"ladder": [7]}}, "malformed"),
+        ({"choose": {"least_margin": "0.1"}}, "malformed"),
+        ({"choose": {"least_kept_db": float("nan")}}, "malformed"),
+        ({"choose": {"max_edits": True}}, "malformed"),
     ):
         path.write_text(json.dumps(profile | change))
         with pytest.raises(InputError, match=message):
             read_profile(path, "colours")
-    for text in ("", "[]"):
+    for text in ("", "[]", "[" * 100_000):
         path.write_text(text)
         with pytest.raises(InputError, match="profile"):
             read_profile(path, "colours")
@@ -151,7 +157,9 @@ def sweeps(tmp_path):
         for number, (colour, gamma) in enumerate(((RED, 1.0), (BLUE, 1.4))):
             file = f"sweep/{number:02d}-x.png"
             Image.new("RGB", (32, 16), colour).save(place / file)
-            entries.append({"file": file, "settings": {"strategy": "none", "gamma": gamma}})
+            settings = {"strategy": "none", "gamma": gamma, "scheduler": "unipc", "num_steps": 20}
+            scores = {"kept_db": 100.0 - 50 * number}
+            entries.append({"file": file, "settings": settings, "scores": scores, "share_changed": 0.5})
             marks[file] = colour == BLUE
         report = {"edits": entries, "caption": "a red square", "target": "a blue square", "edited_size": [24, 12]}
         (place / "report.json").write_text(json.dumps(report))
@@ -160,11 +168,38 @@ def sweeps(tmp_path):
 
 
 def test_marked_sweeps_are_read(sweeps):
-    found = read_trials(sweeps, ColourScorer())
+    marked = read_marked(sweeps, ColourScorer())
+    found = marked.trials
+    assert (marked.scheduler, marked.num_steps) == ("unipc", 20)
     assert [trial.name for trial in found] == [f"photo-{index}" for index in range(10)]
     (unchanged, rejected), (blue, accepted) = found[0].edits["none:1"], found[0].edits["none:1.4"]
     assert (rejected, accepted) == (False, True)
-    assert unchanged.kept_db == 100.0 and unchanged.margin < 0 < blue.margin
+    assert (unchanged.kept_db, blue.kept_db) == (100.0, 50.0) and unchanged.margin < 0 < blue.margin
+
+
+def change_entries(place, **changes):
+    """Of a report's edits, by field; None takes one away."""
+    report = json.loads((place / "report.json").read_text())
+    for entry in report["edits"]:
+        entry |= changes
+        for name in [name for name, value in changes.items() if value is None]:
+            del entry[name]
+    (place / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"share_changed": None}, "does not say what 'sweep/00-x.png' kept .* sweep again"),
+        ({"scores": None}, "no report of a sweep: KeyError"),
+        ({"scores": {"kept_db": "much"}}, "no report of a sweep: ValueError"),
+        ({"settings": {}}, "were made by ddim in 50 steps, unipc in 20 steps; expected one"),
+    ],
+)
+def test_evidence_that_is_not_there_is_missed(sweeps, changes, message):
+    change_entries(sweeps / "photo-4", **changes)
+    with pytest.raises(InputError, match=message):
+        read_marked(sweeps, ColourScorer())
 
 
 @pytest.mark.parametrize(
@@ -176,12 +211,16 @@ def test_marked_sweeps_are_read(sweeps):
         ("marks.json", '{"sweep/09-y.png": true}', "does not know"),
         ("report.json", "{}", "holds nothing"),
         ("report.json", '{"edits": [1]}', "no report of a sweep"),
+        pytest.param("report.json", "[" * 100_000, "cannot read", id="nested"),
+        ("report.json", '{"edits": [], "caption": "a", "target": "b", "edited_size": [0, 12]}', "two sides of 11 to"),
+        ("report.json", '{"edits": [], "caption": "a", "target": "b", "edited_size": "64"}', "two sides of 11 to"),
+        ("report.json", '{"edits": [], "caption": "a", "target": "b", "edited_size": 64}', "no report of a sweep"),
     ],
 )
 def test_malformed_marks_are_refused(sweeps, file, text, message):
     (sweeps / "photo-3" / file).write_text(text)
     with pytest.raises(InputError, match=message):
-        read_trials(sweeps, ColourScorer())
+        read_marked(sweeps, ColourScorer())
 
 
 def test_the_command(sweeps, run, model, monkeypatch, tmp_path):
@@ -192,7 +231,11 @@ def test_the_command(sweeps, run, model, monkeypatch, tmp_path):
     assert code == 0, err
     assert "ladder: none:1.4" in text and "held out: accepted 1.00" in text
     with open("mine.json", encoding="utf-8") as file:
-        assert json.load(file)["choose"]["max_edits"] == 2
+        choose = json.load(file)["choose"]
+    assert (choose["max_edits"], choose["scheduler"], choose["num_steps"]) == (2, "unipc", 20)
+    for out in ("nowhere/mine.json", "."):
+        code, _, err = run("calibrate", sweeps, "--out", out)
+        assert code == 2 and "cannot write to" in err
     shutil.rmtree(sweeps)
     sweeps.mkdir()
     code, _, err = run("calibrate", sweeps)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from forgedit.calibrate.marks import read_trials
+from forgedit.calibrate.marks import read_marked
 from forgedit.calibrate.profile_file import write_profile
 from forgedit.calibrate.search import calibrate
 from forgedit.console import Console
@@ -26,12 +26,16 @@ def run_calibration(args: argparse.Namespace, editor: Editor, console: Console) 
     scorer = editor.model.scorer
     if scorer is None:
         raise InputError("this model has no scorer, and thresholds belong to one; give a CLIP folder with --scorer")
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise InputError(f"cannot write to {str(args.out)!r}; expected a file's name in a folder that is there")
     start = editor.defaults.choose
     if args.max_edits is not None:
         if args.max_edits < 1:
             raise InputError(f"--max-edits {args.max_edits} is out of range; expected a whole number >= 1")
         start = replace(start, max_edits=args.max_edits)
-    found = calibrate(read_trials(args.folder, scorer), start)
+    marked = read_marked(args.folder, scorer)
+    start = replace(start, scheduler=marked.scheduler, num_steps=marked.num_steps)
+    found = calibrate(marked.trials, start)
     write_profile(found, scorer.name, args.out)
     console.event("profile", path=str(args.out), **asdict(found))
     console.text(

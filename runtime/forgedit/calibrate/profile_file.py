@@ -12,7 +12,7 @@ from forgedit.calibrate.search import Calibration
 from forgedit.config import ChooseConfig
 from forgedit.errors import InputError
 
-VERSION = 1
+VERSION = 2  # since 2 what was kept is measured outside where an edit changed the photo
 
 
 def write_profile(calibration: Calibration, scorer: str, path: Path) -> None:
@@ -31,7 +31,7 @@ def read_profile(path: Path, scorer: str) -> ChooseConfig:
     """
     try:
         profile: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the profile {str(path)!r}: {error}; expected what `calibrate` wrote") from error
     if not isinstance(profile, dict) or profile.get("format") != "forgedit-profile":
         raise InputError(f"{str(path)!r} is no profile; expected what `calibrate` wrote")
@@ -46,6 +46,9 @@ def read_profile(path: Path, scorer: str) -> ChooseConfig:
             "thresholds belong to one scorer: calibrate again, or give that one"
         )
     try:
-        return ChooseConfig(**profile["choose"])
+        choose = dict(profile["choose"])
+        if not all(isinstance(rung, str) for rung in choose.get("ladder", ())):
+            raise TypeError(f"the ladder {choose['ladder']!r} has rungs that are no text")
+        return ChooseConfig(**choose)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the profile {str(path)!r} is malformed: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,11 @@ def read_editeval(folder: Path, leave_out: bool = False) -> list[Case]:
     cases = []
     for place, entry in enumerate(_entries(folder, EDITEVAL_LIST)):
         task, source, target = (_text(entry, field, folder, place) for field in ("task", "source", "target"))
-        name = f"{task}-{entry.get('index', place)}"
-        image = entry.get("image")
-        path = _photo(folder, image) if isinstance(image, str) else None
+        index = entry.get("index", place)
+        if not isinstance(index, int | str) or isinstance(index, bool):
+            raise InputError(f"entry {place} of {str(folder)!r} has the index {index!r}; expected a number or words")
+        name = f"{task}-{index}"
+        path = None if entry.get("image") is None else _photo(folder, _text(entry, "image", folder, place))
         if path is not None and "sha256" in entry and _sha256(path) != entry["sha256"]:
             raise InputError(f"{str(path)!r} is not the photo of the list: its SHA-256 differs; fetch it again")
         cases.append((path, Case(name, path or folder, target, caption=source, kind=task)))
@@ -77,8 +80,8 @@ def _entries(folder: Path, name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"no {name} in {str(folder)!r}; expected the benchmark's folder with its list of prompts")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before the first letter
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {str(path)!r}: {error}; expected a JSON list") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{str(path)!r} holds no cases; expected a JSON list of objects, at least one")
@@ -94,17 +97,26 @@ def _text(entry: dict[str, Any], field: str, folder: Path, place: int) -> str:
 
 
 def _photo(folder: Path, name: str) -> Path | None:
-    """Where the photo lies; names that lead out of the folder are refused."""
+    """Where the photo lies; names that lead out of the folder, and those that no file can have, are refused."""
     for place in PHOTOS:
         path = folder / place / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{name!r} leads out of {str(folder)!r}; expected a photo in the benchmark's folder")
-        if path.is_file():
-            return path
+        try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{name!r} leads out of {str(folder)!r}; expected a photo in the benchmark's folder")
+            if path.is_file():
+                return path
+        except OSError as error:
+            raise InputError(f"cannot look for the photo {name[:60]!r} in {str(folder)!r}: {error.strerror}") from error
     return None
 
 
 def _with_photos(cases: Sequence[tuple[Path | None, Case]], folder: Path, leave_out: bool) -> list[Case]:
+    names = Counter(case.name for _, case in cases)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(
+            f"{len(twice)} names stand for several cases of {str(folder)!r}, such as {twice[0]!r}; expected another "
+            "index for each, as rows are told apart by it"
+        )
     missing = [case.name for path, case in cases if path is None]
     found = [Case(case.name, path, case.target, case.caption, case.kind) for path, case in cases if path is not None]
     if not found or (missing and not leave_out):
