@@ -1,6 +1,7 @@
 """How well edits are chosen on the world: `python -m bench.world.choose make|calibrate|measure`.
 
-make        tune every pair of a seed once, and edit it with every rung of LADDER; pictures are kept, as in evaluate.py
+make        tune every photo of a seed once, and edit it with every rung of LADDER; pictures, and what is seen in them
+            without the truth, are kept, as in evaluate.py
 calibrate   marks by the judge, on the pairs of one seed -> ladder and thresholds, for the bundled model's forgedit.json
 measure     on the pairs of another seed: the choice, each setting alone, and whoever knows the marks; rows
 
@@ -14,23 +15,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bench.world import report
 from bench.world.evaluate import Maker, Setting
 from bench.world.pairs import pairs_by_photo
 from bench.world.report import Line
-from forgedit import ChooseConfig, Editor
+from forgedit import ChooseConfig, Edit, Editor
+from forgedit.atomic import write_atomic
 from forgedit.calibrate.search import Trial, calibrate, follow
 from forgedit.config import parse_rung
 from forgedit.evaluate.bootstrap import bootstrap, paired
 from forgedit.evaluate.world import LEAST_OUTSIDE_DB
-from forgedit.quality.choose import Witness
+from forgedit.quality.choose import Evidence, Witness
 from forgedit.world.judge import load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.score import Figure, score, to_pixels
@@ -50,50 +54,75 @@ def settings(editor: Editor) -> list[Setting]:
     return [Setting(rung, replace(base, **parse_rung(rung))) for rung in LADDER]
 
 
-def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
-    """Of the pairs that have all their pictures: evidence by the scorer, marks by the judge."""
-    editor, edits, wanted = maker.editor, maker.edits, settings(maker.editor)
-    scorer, judge, side = editor.model.scorer, load_judge(), editor.model.resolution
+def note_evidence(maker: Maker, pair: int) -> None:
+    """Beside a pair's pictures, what the scorer and the masks found say of each: the choice sees no more than that."""
+    editor, scorer = maker.editor, maker.editor.model.scorer
     assert scorer is not None
+    missing = [setting for setting in settings(editor) if not evidence_path(maker, pair, setting).exists()]
+    if not missing:
+        return
+    session, target = maker.session(pair), maker.targets[pair]
+    witness = Witness(scorer, session.source, session.caption, target)
+    for setting in missing:
+        picture = Image.open(maker.path(pair, setting)).convert("RGB")
+        mask = session.change_mask(Edit(picture, torch.empty(0), setting.edit, target, {}))
+        (seen,) = witness.see([picture], [mask])
+        text = json.dumps({"scorer": scorer.name, "share_changed": mask.share, **asdict(seen)})
+        write_atomic(evidence_path(maker, pair, setting), partial(Path.write_text, data=text))
+
+
+def evidence_path(maker: Maker, pair: int, setting: Setting) -> Path:
+    return maker.path(pair, setting).with_suffix(".json")
+
+
+def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
+    """Of the pairs that have all their pictures and evidence; the marks are the judge's."""
+    editor, edits, wanted = maker.editor, maker.edits, settings(maker.editor)
+    judge, side = load_judge(), editor.model.resolution
     source, _ = render(edits.source, side)
     changed = changed_mask(edits.source, edits.target, side)
     trials = []
     for pair in pairs:
-        paths = [maker.path(pair, setting) for setting in wanted]
-        if not all(path.exists() for path in paths):
+        notes = [evidence_path(maker, pair, setting) for setting in wanted]
+        if not all(note.exists() for note in notes):
             continue
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-        witness = Witness(scorer, maker.photos[pair], maker.captions[pair], maker.targets[pair])
+        evidence = []
+        for note in notes:
+            seen = json.loads(note.read_text(encoding="utf-8"))
+            evidence.append(Evidence(**{field.name: seen[field.name] for field in fields(Evidence)}))
+        pictures = [Image.open(maker.path(pair, setting)).convert("RGB") for setting in wanted]
         alike = [pair] * len(pictures)
         same = type(edits)([edits.kind[pair]] * len(pictures), edits.source[alike], edits.target[alike])
         seen = score(judge, to_pixels(pictures), source[alike], changed[alike], same)
         outside = ~(seen.psnr_outside < LEAST_OUTSIDE_DB)  # NaN: nothing is outside
         marks = (seen.success & seen.kept & outside).tolist()
-        evidence = witness.see(pictures)
         trials.append(
             Trial(f"{pair:04d}-{edits.kind[pair]}", dict(zip(LADDER, zip(evidence, marks, strict=True), strict=True)))
         )
     return trials
 
 
+def by_photo(values: Sequence[float] | Tensor) -> Tensor:
+    """[photos, EDITS_EACH], as intervals are by photo: a photo's edits are no independent cases."""
+    return torch.as_tensor(values).float().reshape(-1, EDITS_EACH)
+
+
 def lines(trials: Sequence[Trial], config: ChooseConfig) -> list[Line]:
     """The choice, the best single setting (known afterwards: the hardest to beat), and the best of all edits."""
     chosen, made = zip(*(follow(trial, config) for trial in trials), strict=True)
-    ours = torch.tensor(chosen).float()
-    alone = {rung: torch.tensor([trial.edits[rung][1] for trial in trials]).float() for rung in LADDER}
+    ours = by_photo(chosen)
+    alone = {rung: by_photo([trial.edits[rung][1] for trial in trials]) for rung in LADDER}
     best = max(alone, key=lambda rung: float(alone[rung].mean()))
-    oracle = torch.tensor([any(mark for _, mark in trial.edits.values()) for trial in trials]).float()
-    within = torch.tensor(
-        [any(mark for rung, (_, mark) in trial.edits.items() if rung in config.ladder) for trial in trials]
-    ).float()
+    oracle = by_photo([any(mark for _, mark in trial.edits.values()) for trial in trials])
+    within = by_photo([any(trial.edits[rung][1] for rung in config.ladder if rung in LADDER) for trial in trials])
     share = float(ours.mean() / oracle.mean())
     return [
         Line("chosen", "accepted", bootstrap(ours)),
-        Line("chosen", "edits made", bootstrap(torch.tensor(made).float()), at_most=8),
+        Line("chosen", "edits made", bootstrap(by_photo(made)), at_most=8),
         Line("chosen", "share of the best of all edits", Figure(share, share, share, len(trials)), at_least=0.9),
         Line("chosen above the best single setting", f"accepted, {best}", paired(ours, alone[best]), at_least=0.10),
         Line("best of all edits", "accepted", bootstrap(oracle)),
-        Line("best of the ladder's edits", "accepted", bootstrap(within.float())),
+        Line("best of the ladder's edits", "accepted", bootstrap(within)),
         *(Line(f"alone {rung}", "accepted", bootstrap(marks)) for rung, marks in alone.items()),
     ]
 
@@ -120,11 +149,12 @@ def main() -> None:
             if pair // EDITS_EACH % shards != shard:  # a photo's edits in one process
                 continue
             maker.make(pair, settings(editor))
+            note_evidence(maker, pair)
             print(f"pair {pair}: {maker.edits.kind[pair]}", flush=True)
         return
     trials = read_trials(maker, range(args.pairs))
     if args.part == "calibrate":
-        found = calibrate(trials, editor.defaults.choose)
+        found = calibrate(trials, replace(editor.defaults.choose, **QUICK))
         print(json.dumps(asdict(found), indent=2))
         return
     measured = lines(trials, editor.defaults.choose)

@@ -317,7 +317,7 @@ class ChooseConfig:
     max_edits: made at most; budget_s: seconds for all of them, None for no limit; at_once: made between two looks
     scheduler, num_steps: of the edits tried, None for the base edit's: a quick sampler finds as good an edit sooner
     least_margin: an edit agrees with the target if it is nearer to it than to the source by this, cosines of the scorer
-    least_kept_db: a good edit's PSNR against the photo, at least
+    least_kept_db: a good edit's PSNR against the photo, outside where it changed it, at least
     Thresholds belong to one scorer and one kind of photo: `forgedit calibrate` finds them.
     Raises: ValueError naming the field
     Source: the order is METHOD item 13's, of the method's authors' own choices

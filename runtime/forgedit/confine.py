@@ -122,13 +122,18 @@ def deliver(
         told["warnings"] = [f"This is the whole edit. The photo was not kept outside the mask: {not_kept}."]
         return Delivery(pictures, told, not_kept)
     pictures[EDIT] = change.picture
-    scores, warnings = _score(session, edit.target, change.picture, entry, choose)
+    scores, warnings = _score(session, edit.target, change.picture, change.mask, entry, choose)
     told |= {"the_edit": {"file": EDIT, **scores}, "warnings": warnings}
     return Delivery(pictures, told, "")
 
 
 def _score(
-    session: Session, target: str, picture: Image.Image, entry: dict[str, Any], choose: ChooseConfig | None
+    session: Session,
+    target: str,
+    picture: Image.Image,
+    mask: ChangeMask,
+    entry: dict[str, Any],
+    choose: ChooseConfig | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """What describe_edit and the choice say of an edit, said of one put into its photo; and what is to be warned of."""
     small = composite_photo(picture).resize(session.source.size, Image.Resampling.LANCZOS)
@@ -136,7 +141,7 @@ def _score(
     scores: dict[str, Any] = {"psnr_to_original": decibels if math.isfinite(decibels) else None}
     if choose is None or scorer is None:
         return scores, []
-    (evidence,) = Witness(scorer, session.source, session.caption, target).see([small])
+    (evidence,) = Witness(scorer, session.source, session.caption, target).see([small], [mask])
     verdict = Verdict.of(evidence, choose)
     scores["scores"] = asdict(evidence)
     lost = not verdict.agrees and entry["scores"]["margin"] >= choose.least_margin

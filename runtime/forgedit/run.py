@@ -42,16 +42,16 @@ OWN_FILES = (
     *("sweep/[0-9]*-*.png", "tried/[0-9]*-*.png"),
 )
 
-_Scored = tuple[Edit, Verdict | None]
+_Scored = tuple[Edit, Candidate | None]
 
 
 @dataclass(frozen=True)
 class _Made:
-    """An edit as it was written. entry: its part of the report; verdict: None where nothing scored it."""
+    """An edit as it was written. entry: its part of the report; candidate: None where nothing scored it."""
 
     edit: Edit
     entry: dict[str, Any]
-    verdict: Verdict | None
+    candidate: Candidate | None
 
 
 def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console, load_seconds: float) -> int:
@@ -99,19 +99,20 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             if automatic and choose is not None:
                 base, scorer = changed(args, editor.defaults.edit), editor.model.scorer
                 climbed = climb(session, job.target, choose, base, scorer, on_step)
-                finished: Iterator[_Scored] = ((candidate.edit, candidate.verdict) for candidate in climbed)
+                finished: Iterator[_Scored] = ((candidate.edit, candidate) for candidate in climbed)
             else:
                 finished = _scored(session, job.target, configs, choose, on_step) if configs else iter(())
-            for index, (edit, verdict) in enumerate(finished):
+            for index, (edit, candidate) in enumerate(finished):
                 console.count(index + 1, len(configs))
                 if index == 0:
                     background.do(partial(_begin, job, session))
                 name = f"{folder}/{index:02d}-{_slug(edit.config)}.png" if folder else alone
-                background.do(partial(_write_edit, job, session, name, edit, verdict, choose, noted, console))
+                background.do(partial(_write_edit, job, session, name, edit, candidate, choose, noted, console))
         answer = _delivered(args.command, noted, choose, editor.defaults.edit)
         if answer is not None and mask is None and args.command != "sweep":
             begin = time.perf_counter()
-            mask = session.change_mask(answer[0].edit)
+            scored = answer[0].candidate
+            mask = session.change_mask(answer[0].edit) if scored is None else scored.mask
             seconds["mask"] = time.perf_counter() - begin
     except KeyboardInterrupt:
         interrupted = True
@@ -141,15 +142,16 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
 def _scored(
     session: Session, target: str, configs: Sequence[EditConfig], choose: ChooseConfig | None, on_step: OnStep
 ) -> Iterator[_Scored]:
-    """Every edit, with its verdict where there is something to choose by."""
+    """Every edit, as a candidate too where there is something to choose by."""
     scorer, witness = session.editor.model.scorer if choose else None, None
     for edit in session.editor.edits(session, target, configs, on_step):
         if choose is None or scorer is None:
             yield edit, None
             continue
         witness = witness or Witness(scorer, session.source, session.caption, target)
-        (evidence,) = witness.see([edit.image])
-        yield edit, Verdict.of(evidence, choose)
+        mask = session.change_mask(edit)
+        (evidence,) = witness.see([edit.image], [mask])
+        yield edit, Candidate(edit, Verdict.of(evidence, choose), mask)
 
 
 def _write_edit(
@@ -157,7 +159,7 @@ def _write_edit(
     session: Session,
     name: str,
     edit: Edit,
-    verdict: Verdict | None,
+    candidate: Candidate | None,
     choose: ChooseConfig | None,
     noted: list[_Made],
     console: Console,
@@ -165,9 +167,11 @@ def _write_edit(
     """Note the edit, write its picture, and tell of it."""
     assert job.out is not None
     entry = describe_edit(edit, session, name)
-    if verdict is not None and choose is not None:
+    if candidate is not None and choose is not None:
+        verdict = candidate.verdict
         entry |= {"scores": asdict(verdict.evidence), "rejected": verdict.rejected(choose)}
-    noted.append(_Made(edit, entry, verdict))
+        entry["share_changed"] = candidate.mask.share
+    noted.append(_Made(edit, entry, candidate))
     _save(edit.at_photo_size(), job.out / name)
     console.event("edit", path=str(job.out / name), **entry)
 
@@ -197,10 +201,10 @@ def _delivered(
     command: str, edits: Sequence[_Made], choose: ChooseConfig | None, recommended: EditConfig
 ) -> tuple[_Made, str] | None:
     """The edit that is the run's answer, and why; None where nothing chose one."""
-    scored = [(made, Candidate(made.edit, made.verdict)) for made in edits if made.verdict is not None]
+    scored = [made.candidate for made in edits if made.candidate is not None]
     if choose is not None and scored:
-        choice = decide([candidate for _, candidate in scored], choose)
-        return next((made, choice.reason) for made, candidate in scored if candidate is choice.chosen)
+        choice = decide(scored, choose)
+        return next((made, choice.reason) for made in edits if made.candidate is choice.chosen)
     if command == "edit" and edits:
         return edits[0], ASKED
     if command != "demo":
@@ -254,7 +258,7 @@ def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | N
     """What was made, as a table, and where it is."""
     assert job.out is not None
     header = ["strategy", "strength", "seed", "PSNR to original", "time", "file"]
-    scored = all(made.verdict is not None for made in edits)
+    scored = all(made.candidate is not None for made in edits)
     if scored:
         header.insert(3, "margin")
     rows = []
@@ -263,8 +267,8 @@ def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | N
         distance = "equal" if decibels is None else f"{decibels:.1f} dB"
         seconds, mark = f"{sum(made.edit.seconds.values()):.1f} s", " <- the edit" if made.edit is chosen else ""
         row = [config.strategy, strength(config), str(config.seed), distance, seconds, made.entry["file"] + mark]
-        if scored and made.verdict is not None:
-            row.insert(3, f"{made.verdict.evidence.margin:+.3f}")
+        if scored and made.candidate is not None:
+            row.insert(3, f"{made.candidate.verdict.evidence.margin:+.3f}")
         rows.append(tuple(row))
     console.text(f"target: {job.target!r}", *table(tuple(header), rows))
     console.text("PSNR to original says how much was changed, not whether the change is right.")

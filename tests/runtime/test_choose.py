@@ -12,10 +12,13 @@ from PIL import Image
 from forgedit import Cancelled, ChooseConfig, Edit, EditConfig, Editor, InputError, ModelError
 from forgedit.config import Defaults, parse_rung
 from forgedit.model import load_model
-from forgedit.quality.choose import Evidence, Verdict, climb, decide, rungs
+from forgedit.quality.change_mask import ChangeMask
+from forgedit.quality.choose import Evidence, Verdict, climb, decide, kept, rungs
+from forgedit.quality.metrics import psnr
 
 PHOTO = Image.new("RGB", (16, 16), (200, 40, 40))
 CAPTION, TARGET = "a red square", "a blue square"
+NOWHERE = ChangeMask(Image.new("L", PHOTO.size, 0), 0.0)
 
 
 class ColourScorer:
@@ -32,8 +35,11 @@ class ColourScorer:
         return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
 
 
-def session(*colours, seconds=0.0, monkeypatch=None):
-    """A learned photo whose edits have these colours, one after another; `asked` lists what was asked for."""
+def session(*colours, seconds=0.0, monkeypatch=None, mask=None):
+    """A learned photo whose edits have these colours, one after another; `asked` lists what was asked for.
+
+    mask: found for each of them, None for one that covers nothing
+    """
     coming, asked = iter(colours), []
     if monkeypatch is not None:
         now = [0.0]
@@ -46,7 +52,11 @@ def session(*colours, seconds=0.0, monkeypatch=None):
                 now[0] += seconds
             yield Edit(Image.new("RGB", PHOTO.size, next(coming)), torch.zeros(1), config, target, {})
 
-    return SimpleNamespace(source=PHOTO, caption=CAPTION, editor=SimpleNamespace(edits=edits), asked=asked)
+    def change_mask(_, edit):
+        return NOWHERE if mask is None else mask
+
+    editor = SimpleNamespace(edits=edits, change_mask=change_mask)
+    return SimpleNamespace(source=PHOTO, caption=CAPTION, editor=editor, asked=asked)
 
 
 RED, PURPLE, BLUE, BRIGHT = (200, 40, 40), (120, 40, 120), (40, 40, 200), (90, 90, 255)
@@ -105,6 +115,30 @@ def test_where_none_is_good_the_agreeing_one_that_kept_most_wins():
     assert choice.chosen.verdict.agrees and not choice.chosen.verdict.good
     assert choice.chosen.verdict.evidence.kept_db > choice.candidates[1].verdict.evidence.kept_db
     assert "kept most" in choice.reason and len(choice.candidates) == 4
+
+
+def left_of(column):
+    """A mask of all pixels left of one."""
+    mask = Image.new("L", PHOTO.size, 0)
+    mask.paste(255, (0, 0, column, PHOTO.height))
+    return ChangeMask(mask, column / PHOTO.width)
+
+
+def test_what_was_kept_is_measured_outside_the_change():
+    picture = PHOTO.copy()
+    picture.paste(BLUE, (0, 0, 8, 16))
+    assert kept(picture, PHOTO, left_of(8)) == 100.0 > kept(picture, PHOTO, left_of(4)) > kept(picture, PHOTO, None)
+    assert kept(picture, PHOTO, NOWHERE) == kept(picture, PHOTO, None) < 15
+    assert kept(picture, PHOTO, left_of(16)) == kept(picture, PHOTO, None)  # nothing is left to have been kept
+    with pytest.raises(ValueError, match="count; expected at least one"):
+        psnr(picture, PHOTO, np.zeros((16, 16), dtype=bool))
+
+
+def test_a_climb_finds_where_each_edit_changed():
+    where = left_of(16 - 1)
+    choice = climbed(session(RED, BLUE, mask=where))
+    assert [candidate.mask for candidate in choice.candidates] == [where] * 2
+    assert choice.chosen.verdict.evidence.kept_db == kept(choice.chosen.edit.image, PHOTO, where)
 
 
 def test_where_none_agrees_the_nearest_wins_though_it_kept_less():

@@ -24,13 +24,13 @@ from forgedit.evaluate.baselines import BASELINES, Learning, Making, Tuned
 from forgedit.evaluate.cases import Case
 from forgedit.progress import OnStep
 from forgedit.quality.change_mask import ChangeMask
-from forgedit.quality.choose import Verdict, Witness, climb, decide
-from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
+from forgedit.quality.choose import Verdict, Witness, climb, decide, kept
+from forgedit.quality.metrics import ssim
 from forgedit.quality.report import peak_bytes
 from forgedit.session import Edit, Session
 
 OWN_WAYS = ("recommended", "auto")
-FIELDS_SINCE = 2  # counts up with what a row holds, so that rows of unequal fields never stand in one file
+FIELDS_SINCE = 3  # counts up with what rows hold and mean, so that unequal ones never stand in one file
 
 Truth = Callable[[int, Image.Image, ChangeMask | None], dict[str, float]]
 
@@ -154,20 +154,16 @@ def read_rows(path: Path, digest: str | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def _make(
-    way: Way, session: Session, target: str, config: EditConfig, on_step: OnStep
-) -> tuple[Image.Image, Edit | None, int]:
-    """The picture, the edit that it is of (None for a baseline's), and how many edits were made for it."""
+def _make(way: Way, session: Session, target: str, config: EditConfig, on_step: OnStep) -> tuple[Edit, int]:
+    """The edit, a baseline's picture as one without latents, and how many were made for it."""
     if way.making is None:
         editor = session.editor
         choose = editor.defaults.choose
         candidates = list(climb(session, target, choose, config, editor.model.scorer, on_step))
-        edit = decide(candidates, choose).chosen.edit
-        return edit.image, edit, len(candidates)
+        return decide(candidates, choose).chosen.edit, len(candidates)
     if isinstance(way.making, _Recommended):
-        edit = session.edit(target, config)
-        return edit.image, edit, 1
-    return way.making.make(session, target, config), None, 1
+        return session.edit(target, config), 1
+    return Edit(way.making.make(session, target, config), torch.empty(0), config, target, {}), 1
 
 
 def _measure(
@@ -181,21 +177,19 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    picture, edit, made = _make(way, session, case.target, config, on_step)
+    edit, made = _make(way, session, case.target, config, on_step)
     measured = {
         "seconds_edit": time.perf_counter() - start,
         "seconds_tune": session.seconds["tune"],
         "edits_made": float(made),
         "peak_bytes": float(max(held for held in peak_bytes(device).values() if held)),
     }
+    mask = session.change_mask(edit)
+    measured["share_changed"] = mask.share
     if scorer is None:
-        measured |= {"kept_db": min(psnr(picture, session.source), MOST_DECIBELS)}
-        measured |= {"kept_ssim": ssim(picture, session.source)}
+        measured |= {"kept_db": kept(edit.image, session.source, mask)}
+        measured |= {"kept_ssim": ssim(edit.image, session.source)}
     else:
-        (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([picture])
+        (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([edit.image], [mask])
         measured |= {**asdict(evidence), "accepted": float(Verdict.of(evidence, choose).good)}
-    mask = None
-    if edit is not None:
-        mask = session.change_mask(edit)
-        measured["share_changed"] = mask.share
-    return measured | (protocol.truth(index, picture, mask) if protocol.truth else {})
+    return measured | (protocol.truth(index, edit.image, mask) if protocol.truth else {})

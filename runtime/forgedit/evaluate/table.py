@@ -22,7 +22,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "mask_iou": ("mask IoU", ".3f"),
     "mask_refused": ("mask refused", ".3f"),
     "share_changed": ("share changed", ".3f"),
-    "kept_db": ("PSNR, dB", ".1f"),
+    "kept_db": ("PSNR outside the mask found, dB", ".1f"),
     "kept_ssim": ("SSIM", ".3f"),
     "margin": ("margin", ".3f"),
     "similarity": ("CLIP similarity", ".3f"),

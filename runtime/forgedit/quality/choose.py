@@ -19,6 +19,8 @@ from forgedit.config import ChooseConfig, EditConfig, parse_rung
 from forgedit.errors import ModelError
 from forgedit.progress import OnStep
 from forgedit.quality.agreement import Scorer, direction, similarity
+from forgedit.quality.change_mask import ChangeMask
+from forgedit.quality.composite import MOST_SHARE, fit_mask
 from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ class Evidence:
 
     margin: how much nearer the picture is to the target's words than to the source's, cosines, in [-2, 2]
     similarity: cosine of picture and target; direction: of the change of the picture and that of the words
-    kept_db, kept_ssim: PSNR (at most MOST_DECIBELS) and SSIM against the photo at the edited size
+    kept_db: PSNR against the photo at the edited size outside where the edit changed it, at most MOST_DECIBELS; over
+        all of it where no mask tells, or one leaves next to nothing
+    kept_ssim: SSIM against the photo, over all of it
     identity: cosine of picture and photo
     """
 
@@ -69,10 +73,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One rung's edit, and the verdict on it."""
+    """One rung's edit, the verdict on it, and where it changed the photo."""
 
     edit: Edit
     verdict: Verdict
+    mask: ChangeMask
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class Witness:
         self._source_text, self._target_text = scorer.embed_texts([caption, target])
         self._source_image: Tensor = scorer.embed_images([photo])[0]
 
-    def see(self, pictures: Sequence[Image.Image]) -> list[Evidence]:
-        """pictures: of the photo's size."""
+    def see(self, pictures: Sequence[Image.Image], masks: Sequence[ChangeMask | None]) -> list[Evidence]:
+        """pictures: of the photo's size; masks: where each changed the photo, None for what nobody knows that of."""
         seen = self._scorer.embed_images(pictures)
         to_target, to_source = similarity(seen, self._target_text), similarity(seen, self._source_text)
         turned = direction(self._source_image, seen, self._source_text, self._target_text)
@@ -103,12 +108,18 @@ class Witness:
                 margin=float(to_target[row] - to_source[row]),
                 similarity=float(to_target[row]),
                 direction=float(turned[row]),
-                kept_db=min(psnr(picture, self._photo), MOST_DECIBELS),
+                kept_db=kept(picture, self._photo, mask),
                 kept_ssim=ssim(picture, self._photo),
                 identity=float(identity[row]),
             )
-            for row, picture in enumerate(pictures)
+            for row, (picture, mask) in enumerate(zip(pictures, masks, strict=True))
         ]
+
+
+def kept(picture: Image.Image, photo: Image.Image, mask: ChangeMask | None) -> float:
+    """How much of the photo outside the mask a picture kept, decibels: Evidence.kept_db."""
+    outside = None if mask is None or mask.share > MOST_SHARE else ~fit_mask(mask.mask, photo.size)
+    return min(psnr(picture, photo, outside), MOST_DECIBELS)
 
 
 def rungs(config: ChooseConfig, base: EditConfig) -> list[EditConfig]:
@@ -147,10 +158,10 @@ def climb(
             return
         now, ladder = ladder[: config.at_once], ladder[config.at_once :]
         edits = list(session.editor.edits(session, target, now, on_step, cancel))
-        evidence = witness.see([edit.image for edit in edits])
-        verdicts = [Verdict.of(seen, config) for seen in evidence]
+        masks = [session.editor.change_mask(session, edit) for edit in edits]
+        verdicts = [Verdict.of(seen, config) for seen in witness.see([edit.image for edit in edits], masks)]
         longest = max(longest, time.perf_counter() - begin)
-        yield from map(Candidate, edits, verdicts)
+        yield from map(Candidate, edits, verdicts, masks)
         if any(verdict.good for verdict in verdicts):
             return
 

@@ -8,13 +8,18 @@ from PIL import Image
 MOST_DECIBELS = 100.0  # where an infinite PSNR must be a number
 
 
-def psnr(image: Image.Image, reference: Image.Image) -> float:
+def psnr(image: Image.Image, reference: Image.Image, where: np.ndarray | None = None) -> float:
     """Peak signal-to-noise ratio over all RGB values, in decibels, computed in float64; infinite for equal pictures.
 
     Against the original photo it says how much an edit changed, not whether the change is the one asked for.
-    Raises: ValueError if the sizes differ
+    where: bool [H, W], the pixels that count; None for all
+    Raises: ValueError if the sizes differ, or no pixel counts
     """
     ours, theirs = _values(image, reference)
+    if where is not None:
+        if where.shape != ours.shape[:2] or not where.any():
+            raise ValueError(f"of {ours.shape[:2]} pixels {where.sum()} of {where.shape} count; expected at least one")
+        ours, theirs = ours[where], theirs[where]
     error = float(np.mean((ours - theirs) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 

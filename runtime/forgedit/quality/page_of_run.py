@@ -16,7 +16,7 @@ SCORES = (
     Score("margin", "Margin", meaning="How much nearer the picture is to the target's words than to the caption's."),
     Score("direction", "Direction", meaning="Whether picture and words changed the same way."),
     Score("similarity", "Similarity", meaning="Whether the picture shows what the target says."),
-    Score("kept_db", "Kept, PSNR", unit="dB", meaning="How little was changed."),
+    Score("kept_db", "Kept, PSNR", unit="dB", meaning="How little changed outside the mask found for this edit."),
     Score("kept_ssim", "Kept, SSIM", meaning="How much of the photo's structure stayed."),
     Score("identity", "Identity", meaning="How much the scorer still sees the same photo."),
     PSNR,
