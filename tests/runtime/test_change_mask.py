@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from forgedit import Editor, InputError
-from forgedit.quality import composite
+from forgedit.quality import change_mask, composite
 from forgedit.quality.change_mask import ChangeMask, clean, heat_map, otsu, smooth
 from forgedit.quality.composite import depth, fit_mask, keep_outside, mask_of
 from forgedit.stages.sample import clean_and_noise
@@ -225,18 +225,27 @@ def test_clean_drops_what_is_narrow():
     assert torch.equal(clean(wide), wide)
 
 
-def test_heat_is_high_where_both_maps_are():
+@pytest.mark.parametrize("noisy", [False, True], ids=["exact outside", "noise outside"])
+def test_heat_is_high_where_both_maps_are(noisy, monkeypatch):
     noise, colours = torch.ones(8, 8), np.full((32, 32, 3), 100, dtype=np.uint8)
     noise[2:6, 2:6] = 5
     noise[:, 7] = 5  # where the words differ, and nothing came of it
     edited = colours.copy()
     edited[8:24, 8:24] = 180
     edited[28:, :] = 180  # where the edit drifted
+    if noisy:
+        edited += np.random.default_rng(0).integers(0, 9, edited.shape, dtype=np.uint8)
     heat = heat_map(noise, Image.fromarray(edited), Image.fromarray(colours))
     assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() == 1
-    inside = np.asarray(ChangeMask.found(heat).mask) > 0
     true = np.zeros((32, 32), dtype=bool)
     true[8:24, 8:24] = True
-    assert (inside & true).sum() / (inside | true).sum() > 0.8
+
+    def iou(heat):
+        inside = np.asarray(ChangeMask.found(heat).mask) > 0
+        return (inside & true).sum() / (inside | true).sum()
+
+    assert iou(heat) > 0.8
+    monkeypatch.setattr(change_mask, "FLOOR", 0.0)
+    assert noisy or iou(heat_map(noise, Image.fromarray(edited), Image.fromarray(colours))) < 0.7
     same = ChangeMask.found(heat_map(noise, Image.fromarray(colours), Image.fromarray(colours)))
     assert same.share == 0 and not same.heat.any()

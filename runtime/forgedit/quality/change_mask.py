@@ -22,6 +22,9 @@ from forgedit.stages.photo import Photo
 # Shares of the picture's shorter side, found on pairs of the rendered world (docs/log.md)
 SMOOTH = 1 / 40  # the Gaussian's deviation
 CLEAN = 1 / 32  # specks and spurs go, gaps and holes close, where they are at most twice as wide
+# Norm over RGB, of 255 a colour: what differs less is not told apart. Else a wall that came back exactly, as white ones
+# do, would be a class of its own, and all that drifted the other
+FLOOR = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +57,17 @@ def heat_map(noise_difference: Tensor, edited: Image.Image, source: Image.Image)
     """The heat of a change.
 
     noise_difference: [h, w] float32, not negative, of engine/difference.py; edited, source: RGB, of one size
-    Returns: [H, W] float32 in [0, 1], of the pictures' size: the square root of the noise's difference times the square
-        root of the pictures', both smoothed, divided by its largest value; 0 everywhere if that is 0
+    Returns: [H, W] float32 in [0, 1], of the pictures' size: the cube root of the noise's difference times the sixth
+        root of the pictures', both smoothed, divided by its largest value; 0 everywhere if no colours differ by more
+        than FLOOR. Higher powers lose parts of what changed, lower ones take in what drifted (docs/log.md)
     """
     ours, theirs = (torch.from_numpy(np.array(picture)).float() for picture in (edited, source))
     deviation = SMOOTH * min(source.size)
     noise = interpolate(noise_difference[None, None], ours.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     picture = smooth((ours - theirs).norm(dim=2), deviation)
-    heat = (smooth(noise, deviation) * picture.sqrt()).sqrt()
+    if picture.max() <= FLOOR:
+        return torch.zeros_like(picture)
+    heat = (smooth(noise, deviation) ** 2 * picture.clamp_min(FLOOR)) ** (1 / 6)
     return heat / heat.max().clamp_min(torch.finfo(heat.dtype).tiny)
 
 
