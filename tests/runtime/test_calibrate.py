@@ -44,7 +44,8 @@ def trials(count=60, seed=0):
 
 def test_the_marks_are_learned_and_checked_on_what_was_held_out():
     found = calibrate(trials(), START)
-    assert set(found.choose.ladder) == {"none:1", "encoderattn:0.9"}  # the others gain nothing
+    assert set(found.choose.ladder[:2]) == {"none:1", "encoderattn:0.9"}  # the others gain nothing, and come last
+    assert len(set(found.choose.ladder)) == 4
     assert 0.02 < found.choose.least_margin <= 0.32 and found.choose.max_edits == 4
     assert found.trials == 60 and found.held_out == 15
     assert found.found.accepted == found.oracle.accepted > found.best_single.accepted + 0.2
@@ -71,11 +72,20 @@ def test_what_was_held_out_takes_no_part(monkeypatch):
 
 
 def test_an_edit_costs_something():
-    """A rung that helps nobody is not climbed, though it would harm nobody either."""
+    """A rung that helps nobody is not climbed first, though it would harm nobody either."""
     given = [
-        Trial(f"{i}", {"none:1": (evidence(0.3, 25), i > 1), "none:2": (evidence(0.3, 25), i > 1)}) for i in range(20)
+        Trial(f"{i}", {"none:2": (evidence(0.3, 25), i > 1), "none:1": (evidence(0.3, 25), i > 1)}) for i in range(20)
     ]
-    assert len(calibrate(given, START).choose.ladder) == 1
+    found = calibrate(given, replace(START, max_edits=1))
+    assert len(found.choose.ladder) == 1 and found.found.edits == 1
+    assert calibrate(given, START).found.edits == 1  # the second is there, and is not needed
+
+
+def test_agreement_is_asked_for_where_it_costs_nothing():
+    """Trials that all agree say nothing against the least margin that all of them reach."""
+    given = [Trial(f"{i}", {"none:1": (evidence(0.2 + i / 100, 15 + i), i > 9)}) for i in range(20)]
+    found = calibrate(given, START).choose
+    assert found.least_margin >= 0.2
 
 
 def test_an_outcome_is_the_climbs():

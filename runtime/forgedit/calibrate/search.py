@@ -2,8 +2,9 @@
 
 A *trial* is one photo and target with edits of it, each with its evidence and its mark. Whatever ladder and thresholds
 one thinks of, what they would have chosen is known without making a picture. The search is greedy: thresholds by what
-tells accepted edits from rejected ones, rungs one after another by what is accepted in the end, and once more. A part
-of the trials takes no part in it, and says what was reached.
+tells accepted edits from rejected ones, rungs one after another by what is accepted in the end, and once more. Rungs
+that gained nothing follow as fallbacks, as other photos may need them. A part of the trials takes no part in it, and
+says what was reached.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ def calibrate(trials: Sequence[Trial], start: ChooseConfig) -> Calibration:
     config = replace(start, ladder=tuple(rungs))
     for _ in range(2):
         config = _better_ladder(fit, _better_thresholds(fit, config), rungs)
+    fallbacks = sorted((rung for rung in rungs if rung not in config.ladder), key=lambda rung: -singles[rung])
+    config = replace(config, ladder=(*config.ladder, *fallbacks)[: config.max_edits])
     config = _better_thresholds(fit, config)
     oracle = sum(any(mark for _, mark in trial.edits.values()) for trial in check) / len(check)
     return Calibration(
@@ -122,6 +125,10 @@ def _worth(trials: Sequence[Trial], config: ChooseConfig) -> float:
 
 
 def _better_thresholds(trials: Sequence[Trial], config: ChooseConfig) -> ChooseConfig:
+    """The best; of those that are as good to within what one edit costs, the one that asks for most agreement.
+
+    Edits that do not show their target may be few among the trials; what costs nothing there guards against them.
+    """
     evidence = [seen for trial in trials for seen, _ in trial.edits.values()]
     margins = _levels(seen.margin for seen in evidence)
     decibels = _levels(seen.kept_db for seen in evidence)
@@ -129,7 +136,9 @@ def _better_thresholds(trials: Sequence[Trial], config: ChooseConfig) -> ChooseC
         replace(config, least_margin=margin, least_kept_db=kept)
         for margin, kept in [(config.least_margin, config.least_kept_db), *product(margins, decibels)]
     ]
-    return max(tried, key=lambda one: _worth(trials, one))
+    worth = {one: _worth(trials, one) for one in tried}
+    good = [one for one in tried if worth[one] >= max(worth.values()) - EDIT_COST]
+    return max(good, key=lambda one: (one.least_margin, worth[one]))
 
 
 def _levels(values: Iterable[float]) -> list[float]:
