@@ -14,7 +14,8 @@ from forgedit.console import Console
 from forgedit.editor import Editor
 from forgedit.errors import InputError
 from forgedit.evaluate.cases import READERS, Case
-from forgedit.evaluate.protocol import Protocol, Truth, Way, parse_way, read_rows, run_protocol, way_names
+from forgedit.evaluate.protocol import Protocol, Truth, Way, parse_way, run_protocol, way_names
+from forgedit.evaluate.rows import Row, alone, read_rows
 from forgedit.evaluate.table import figures, lines
 from forgedit.evaluate.world import world_cases
 from forgedit.flags import add_flags, changed
@@ -61,6 +62,9 @@ def check_evaluation(args: argparse.Namespace) -> list[Case]:
     if args.first is not None and args.first < 1:
         raise InputError(f"--first {args.first} is out of range; expected a whole number >= 1")
     _ways(args)
+    out = _out(args)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"cannot write to {str(out)!r}; expected a folder, or nothing, there")
     if args.benchmark == "world":
         if args.folder is not None:
             raise InputError(f"the world is rendered, and reads no folder; leave out {str(args.folder)!r}")
@@ -87,18 +91,26 @@ def run_evaluation(args: argparse.Namespace, cases: list[Case], editor: Editor, 
     ways = _ways(args)
     if any(way.making is None for way in ways) and editor.model.scorer is None:
         raise InputError("'auto' needs a scorer, and this model has none; give a CLIP folder with --scorer")
-    out = args.out or Path("out") / args.benchmark
+    out = _out(args)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "rows.jsonl"
-    protocol = Protocol(cases, ways, range(args.seeds), truth)
-    total = len(cases) * len(ways) * args.seeds
-    made = len(read_rows(path))
-    for row in run_protocol(protocol, editor, path, console.step):
-        made += 1
-        console.event("row", **row)
-        console.text(f"{made}/{total} {row['case']} {row['way']} seed {row['seed']}")
-    order = [way.name for way in ways]
-    rows = [row for row in read_rows(path) if row["way"] in order and row["seed"] < args.seeds]
+    path, order, names = out / "rows.jsonl", [way.name for way in ways], {case.name for case in cases}
+
+    def asked_for() -> list[Row]:
+        """The file's rows that are of this evaluation; it may hold more cases, ways and seeds."""
+        return [
+            row
+            for row in read_rows(path)
+            if row["case"] in names and row["way"] in order and row["seed"] < args.seeds
+        ]
+
+    with alone(out):
+        protocol = Protocol(cases, ways, range(args.seeds), truth)
+        total, made = len(cases) * len(ways) * args.seeds, len(asked_for())
+        for row in run_protocol(protocol, editor, path, console.step):
+            made += 1
+            console.event("row", **row)
+            console.text(f"{made}/{total} {row['case']} {row['way']} seed {row['seed']}")
+        rows = asked_for()
     rows.sort(key=lambda row: order.index(row["way"]))  # the first is what others are compared with
     scorer = editor.model.scorer
     report = {
@@ -118,6 +130,10 @@ def run_evaluation(args: argparse.Namespace, cases: list[Case], editor: Editor, 
     console.text(*table, MEANING[args.benchmark], f"report: {out / 'report.json'}")
     console.event("report", path=str(out / "report.json"))
     return 0
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return args.out or Path("out") / args.benchmark
 
 
 def _ways(args: argparse.Namespace) -> list[Way]:

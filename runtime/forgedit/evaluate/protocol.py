@@ -22,6 +22,7 @@ from forgedit.editor import Editor
 from forgedit.errors import InputError
 from forgedit.evaluate.baselines import BASELINES, Learning, Making, Tuned
 from forgedit.evaluate.cases import Case
+from forgedit.evaluate.rows import Row, append_row, check_same_cases, read_rows
 from forgedit.progress import OnStep
 from forgedit.quality.change_mask import ChangeMask
 from forgedit.quality.choose import Verdict, Witness, climb, decide, kept
@@ -30,7 +31,7 @@ from forgedit.quality.report import peak_bytes
 from forgedit.session import Edit, Session
 
 OWN_WAYS = ("recommended", "auto")
-FIELDS_SINCE = 3  # counts up with what rows hold and mean, so that unequal ones never stand in one file
+FIELDS_SINCE = 4  # counts up with what rows hold and mean, so that unequal ones never stand in one file
 
 Truth = Callable[[int, Image.Image, ChangeMask | None], dict[str, float]]
 
@@ -102,14 +103,23 @@ def digest_of(editor: Editor) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def digest_of_case(case: Case) -> str:
+    """Of its photo and its words."""
+    photo = case.photo.read_bytes() if isinstance(case.photo, Path) else case.photo.tobytes()
+    words = json.dumps([case.target, case.caption, case.kind]).encode()
+    return hashlib.sha256(hashlib.sha256(photo).digest() + words).hexdigest()[:16]
+
+
 def run_protocol(protocol: Protocol, editor: Editor, path: Path, on_step: OnStep = None) -> Iterator[dict[str, Any]]:
     """Yield each row that is not in the file yet, once it is.
 
     path: JSON lines; its folder must be there
     Raises: InputError for a file of another protocol or that is no such file; what the stages raise
     """
-    digest = digest_of(editor)
-    done = {(row["case"], row["way"], row["seed"]) for row in read_rows(path, digest)}
+    digest, cases = digest_of(editor), {case.name: digest_of_case(case) for case in protocol.cases}
+    rows = read_rows(path, digest)
+    check_same_cases(rows, cases, path)
+    done = {(row["case"], row["way"], row["seed"]) for row in rows}
     for index, case in enumerate(protocol.cases):
         sessions: dict[str, Session] = {}
         for way in sorted(protocol.ways, key=lambda way: repr(way.learning)):
@@ -122,36 +132,11 @@ def run_protocol(protocol: Protocol, editor: Editor, path: Path, on_step: OnStep
                 sessions = {learning: way.learning.learn(editor, case.photo, caption, case.target)}
             for seed in seeds:
                 measured = _measure(protocol, index, way, sessions[learning], seed, on_step)
-                row = {"protocol": digest, "case": case.name, "kind": case.kind, "way": way.name, "seed": seed}
+                row: Row = {"protocol": digest, "of": cases[case.name], "case": case.name, "kind": case.kind}
+                row |= {"way": way.name, "seed": seed}
                 row |= {name: value if math.isfinite(value) else None for name, value in measured.items()}
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
+                append_row(path, row)
                 yield row
-
-
-def read_rows(path: Path, digest: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a file, none if there is no file; what a killed run left of a last line is cut off.
-
-    digest: that all must have, None for any
-    Raises: InputError
-    """
-    if not path.exists():
-        return []
-    whole, cut = path.read_bytes().rpartition(b"\n")[::2]
-    if cut:
-        with path.open("r+b") as file:
-            file.truncate(len(whole) + bool(whole))
-    try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
-        others = {row["protocol"] for row in rows} - ({digest} if digest else set())
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} holds no rows of an evaluation ({error}); choose another --out") from error
-    if digest and others:
-        raise InputError(
-            f"{str(path)!r} is of another model, other settings or an earlier version; choose another --out, or take "
-            "the same"
-        )
-    return rows
 
 
 def _make(way: Way, session: Session, target: str, config: EditConfig, on_step: OnStep) -> tuple[Edit, int]:

@@ -54,7 +54,7 @@ def gather(rows: Sequence[dict[str, Any]], field: str) -> dict[str, Tensor]:
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Figure]]:
-    """By field and way, without ways that lack the field (baselines have no mask), and fields that all ways lack.
+    """By field and way, without ways that lack the field, and without fields that all ways lack.
 
     'seconds_accepted': of tunes and edits, an accepted edit. That one has no interval: it is a ratio of sums, infinite
     where none was accepted.
