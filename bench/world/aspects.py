@@ -15,7 +15,7 @@ from torch import Tensor
 BINS = 9  # of orientation, over half a turn
 CELL = 8  # pixels
 LEAST_GRADIENT = 0.02  # of the range [0, 1] a pixel: what is flatter than this is not normalised up
-DIRECTIONS = 64
+DIRECTIONS = 32
 
 RGB_TO_XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 WHITE = RGB_TO_XYZ.sum(1)  # D65

@@ -91,13 +91,14 @@ def arm_lines(name: str, found: Measures, truth: Truth) -> Iterator[Line]:
     yield from (Line(name, part, clustered(values, truth.photos)) for part, values in found.items())
 
 
-def kind_lines(name: str, found: Measures, truth: Truth) -> Iterator[Line]:
-    """Edits by what they change: structure, appearance, and each kind."""
-    groups = {"structure edits": STRUCTURE, "appearance edits": APPEARANCE} | {kind: (kind,) for kind in KINDS}
+def kind_lines(name: str, found: Measures, truth: Truth, by: str) -> Iterator[Line]:
+    """Edits by what they change: structure, appearance, and if asked each kind."""
+    groups = {"structure edits": STRUCTURE, "appearance edits": APPEARANCE}
+    groups |= {kind: (kind,) for kind in KINDS if by == "kinds"}
     for words, kinds in groups.items():
         rows = truth.of_kinds(kinds)
         for part in ("success", "success and kept", "accepted", "PSNR outside"):
-            if part in found:
+            if part in found and (words in KINDS) <= (part in ("success", "accepted")):
                 yield Line(name, f"{part}, {words}", clustered(found[part][rows], truth.photos[rows]))
 
 
@@ -123,8 +124,8 @@ def lines(name: str, question: Question, pictures: Mapping[str, Tensor], truth: 
     for arm in question.arms:
         case = f"{name}: {arm.name}"
         made[arm] = list(arm_lines(case, found[arm.name], of[arm.name]))
-        if question.by_kind and not arm.reconstructs:
-            made[arm] += kind_lines(case, found[arm.name], of[arm.name])
+        if question.by and not arm.reconstructs:
+            made[arm] += kind_lines(case, found[arm.name], of[arm.name], question.by)
     between = made[None] = []
     for ours, theirs in question.against:
         case, shared = f"{name}: {ours} above {theirs}", [of[ours].photos.tolist(), of[theirs].photos.tolist()]
@@ -135,8 +136,8 @@ def lines(name: str, question: Question, pictures: Mapping[str, Tensor], truth: 
                 right = right[[shared[1].index(photo) for photo in shared[0]]]
             difference[part] = left - right
         between += arm_lines(case, difference, where)
-        if question.by_kind:
-            between += kind_lines(case, difference, where)
+        if question.by == "kinds":
+            between += kind_lines(case, difference, where, question.by)
     if name == "forgetting":
         between += [Line(f"{name}: {line.measure}", line.part, line.figure) for line in share_lines(found)]
     if name == "delta":

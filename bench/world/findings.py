@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.world import report
+from bench.world.captioner import describe
 from bench.world.choose import EDITS_EACH
 from bench.world.compare import Truth, lines, pairs_of
 from bench.world.evaluate import Maker, Setting
@@ -26,14 +27,21 @@ from bench.world.questions import Arm, Learned, Question, questions
 from bench.world.report import Line
 from forgedit import Editor
 from forgedit.world.judge import JUDGE, load_judge
+from forgedit.world.render import render
 from forgedit.world.scene import Edits
+from forgedit.world.score import to_images
 
 
 class Makers:
     """A Maker for each way to learn, over one folder and one set of captions."""
 
     def __init__(self, editor: Editor, edits: Edits, folder: Path) -> None:
-        self.first = Maker(editor, edits, editor.defaults.tune, folder)
+        captioner, processor = editor.model.captioner, editor.model.processor
+        source = None
+        if captioner is not None:  # once a photo
+            photos = to_images(render(edits.source[::EDITS_EACH], editor.model.resolution)[0])
+            source = [words for words in describe(captioner, processor, photos) for _ in range(EDITS_EACH)]
+        self.first = Maker(editor, edits, editor.defaults.tune, folder, source)
         self._made = {Learned(): self.first}
 
     def of(self, learned: Learned) -> Maker:
@@ -58,7 +66,7 @@ class Makers:
 
 
 def write(name: str, made: Mapping[Arm | None, list[Line]], out: Path, makers: Makers, pairs: int, seed: int) -> None:
-    """Append a question's rows; those between arms name no tune."""
+    """Append a question's rows; 'tune' holds what differs from the model's own TuneConfig, 'edit' all of the edit."""
     editor = makers.first.editor
     common = {"model": editor.fingerprint[:12], "pairs": pairs, "seed": seed, "numerics": editor.numerics}
     common |= {"question": name, "photos": pairs // EDITS_EACH}
@@ -66,7 +74,7 @@ def write(name: str, made: Mapping[Arm | None, list[Line]], out: Path, makers: M
         if arm is None:
             report.write(found, out, common, {})
             continue
-        own = {"tune": asdict(makers.of(arm.learned).tune), "source": arm.learned.source, "delta": arm.learned.delta}
+        own = {"tune": dict(arm.learned.tune), "source": arm.learned.source, "delta": arm.learned.delta}
         report.write(found, out, common | own, {line.measure: asdict(arm.edit) for line in found})
 
 

@@ -102,5 +102,5 @@ def in_figures(row: Row | None) -> str:
     if row is None or not row["n"]:
         return ""
     digits = 1 if row["part"].startswith("PSNR") or row["part"] == "colour distance" else 2
-    value, low, high = (f"{row[key]:.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{round(row[key], digits) + 0.0:.{digits}f}" for key in ("value", "low", "high"))  # no -0.0
     return f"{value} ({low} to {high})"

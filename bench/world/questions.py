@@ -54,14 +54,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """arms: settings; against: pairs of arms' names, the first compared with the second; by_kind: counted so too.
+    """arms: settings; against: pairs of arms' names, the first compared with the second.
 
+    by: 'groups' counts edits of structure and of appearance apart too, 'kinds' each kind, and differences likewise
     pairs: to measure it on, fewer where learning is dear
     """
 
     arms: tuple[Arm, ...]
     against: tuple[tuple[str, str], ...]
-    by_kind: bool = False
+    by: str = ""
     pairs: int = 30
 
 
@@ -86,7 +87,7 @@ def _strategies(base: EditConfig) -> Question:
     rungs = ("none:1", "encoderattn:1", "decoderattn:1", "none:0.8", "none:1.2", "encoderattn:1.2", "none:1+1.2")
     arms = tuple(Arm(rung, replace(base, **parse_rung(rung))) for rung in rungs)
     against = [(rung, "none:1") for rung in rungs[1:]] + [("none:1+1.2", "none:1.2"), ("none:1+1.2", "none:0.8")]
-    return Question(arms, tuple(against), by_kind=True, pairs=201)
+    return Question(arms, tuple(against), by="kinds", pairs=201)
 
 
 def _forgetting(base: EditConfig) -> Question:
@@ -97,7 +98,7 @@ def _forgetting(base: EditConfig) -> Question:
         for name, strategy in strategies.items()
     )
     against = tuple((arm.name, f"none, gamma {arm.edit.gamma:g}") for arm in arms if arm.edit.strategy != "none")
-    return Question(arms, against, by_kind=True)
+    return Question(arms, against, by="groups")
 
 
 def _two_ways(base: EditConfig, usual: str, other: str, learned: Learned) -> Question:
@@ -115,7 +116,7 @@ def _blend(base: EditConfig) -> Question:
         Arm(f"VP {identity:g}+{edit:g}", replace(base, blend="vp", identity_weight=identity, edit_weight=edit))
         for identity, edit in product(IDENTITY_WEIGHTS, EDIT_WEIGHTS)
     )
-    return Question(vs + vp, tuple((arm.name, "VS 1") for arm in (*vs, *vp) if arm.name != "VS 1"), by_kind=True)
+    return Question(vs + vp, tuple((arm.name, "VS 1") for arm in (*vs, *vp) if arm.name != "VS 1"), by="groups")
 
 
 def _keep(base: EditConfig) -> Question:

@@ -74,7 +74,7 @@ def oracle(truth: Truth) -> Truth:
 
 
 def test_a_perfect_edit_and_the_photo_unchanged(truth) -> None:
-    question = Question((Arm("all", DEFAULT), Arm("nothing", DEFAULT)), (("all", "nothing"),), by_kind=True)
+    question = Question((Arm("all", DEFAULT), Arm("nothing", DEFAULT)), (("all", "nothing"),), by="kinds")
     made = lines("q", question, {"all": truth.target, "nothing": truth.source}, oracle(truth))
     seen = {(line.measure, line.part): line.figure.value for found in made.values() for line in found}
     assert seen["q: all", "success and kept"] == seen["q: all", "structure as told"] == 1
@@ -170,7 +170,7 @@ def test_a_whole_run(folder, tmp_path, monkeypatch, capsys) -> None:  # noqa: F8
     base = replace(DEFAULT, num_steps=1, strategy="none")
     learned = (Learned(), Learned((("num_steps", 2),)), Learned(source="target"), Learned(delta="int8"))
     arms = tuple(Arm(f"arm {i}", base, learned[i]) for i in range(4))
-    small = {"small": Question(arms, (("arm 1", "arm 0"),), by_kind=True)}
+    small = {"small": Question(arms, (("arm 1", "arm 0"),), by="kinds")}
     monkeypatch.setattr(findings, "questions", lambda default: small)
     out = tmp_path / "rows.jsonl"
     common = ["--model", str(folder), "--pairs", "9", "--first", "6", "--work", str(tmp_path / "work")]
@@ -186,7 +186,7 @@ def test_a_whole_run(folder, tmp_path, monkeypatch, capsys) -> None:  # noqa: F8
     assert "small: arm 1 above arm 0" in capsys.readouterr().out and (tmp_path / "small.png").exists()
     rows = {(row["case"], row["part"]): row for row in map(json.loads, out.read_text().splitlines())}
     first, second, third = (rows[f"small: arm {i}", "success"] for i in (1, 2, 3))
-    assert first["tune"]["num_steps"] == 2 and second["source"] == "target"
+    assert first["tune"] == {"num_steps": 2} and second["source"] == "target"
     assert third["delta"] == "int8" and third["edit"]["num_steps"] == 1
     assert "tune" not in rows["small: arm 1 above arm 0", "success"]
     assert all(row["question"] == "small" and row["n"] <= 6 for row in rows.values())

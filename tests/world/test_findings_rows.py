@@ -85,6 +85,7 @@ def test_differences_stand_beside_their_arm(results) -> None:
 def test_figures_in_words() -> None:
     row = {"value": 0.8333, "low": 0.7, "high": 1.0, "n": 6, "part": "accepted"}
     assert in_figures(row) == "0.83 (0.70 to 1.00)" and in_figures(row | {"part": "PSNR outside"}) == "0.8 (0.7 to 1.0)"
+    assert in_figures(row | {"low": -1e-9}) == "0.83 (0.00 to 1.00)"
     assert in_figures(None) == in_figures(row | {"n": 0}) == ""
 
 
