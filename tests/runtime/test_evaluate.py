@@ -260,7 +260,8 @@ def test_the_command_on_a_folder(run, tmp_path, photo):
     assert report["figures"]["kept_db"]["recommended"]["value"] < 100.0
     assert "not quality" in report["meaning"]
     code, text, _ = run(*words)
-    assert code == 0 and "PSNR, dB" in text and "object_addition-1 " not in text  # nothing was made again
+    assert code == 0 and "PSNR outside the mask found, dB" in text
+    assert "object_addition-1 " not in text  # nothing was made again
 
 
 def test_the_command_on_the_world(run):
