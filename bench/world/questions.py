@@ -73,7 +73,7 @@ def questions(default: EditConfig) -> dict[str, Question]:
     return {
         "strategies": _strategies(base),
         "forgetting": _forgetting(base),
-        "profile": _two_ways(base, "official", "paper", Learned(tune=(("profile", "paper"),))),
+        "profile": replace(_two_ways(base, "official", "paper", Learned(tune=(("profile", "paper"),))), pairs=15),
         "source": replace(_two_ways(base, "caption", "target", Learned(source="target")), pairs=15),
         "blend": _blend(base),
         "keep": _keep(base),
