@@ -30,8 +30,9 @@ from bench.world.pairs import pairs_by_photo
 from bench.world.report import Line
 from forgedit import ChooseConfig, Edit, Editor
 from forgedit.atomic import write_atomic
-from forgedit.calibrate.search import Trial, calibrate, follow
+from forgedit.calibrate.search import Trial, calibrate, climb_of, follow
 from forgedit.config import parse_rung
+from forgedit.errors import InputError
 from forgedit.evaluate.bootstrap import bootstrap, paired
 from forgedit.evaluate.world import LEAST_OUTSIDE_DB
 from forgedit.quality.choose import Evidence, Witness
@@ -102,6 +103,30 @@ def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
     return trials
 
 
+def put_back(maker: Maker, trials: Sequence[Trial], config: ChooseConfig) -> list[bool]:
+    """Whether the edit chosen is accepted once the photo is put back outside its mask; the whole one where refused."""
+    edits, side, judge, accepted = maker.edits, maker.editor.model.resolution, load_judge(), []
+    asked = {setting.name: setting for setting in settings(maker.editor)}
+    for trial in trials:
+        pair = int(trial.name[:4])
+        one = slice(pair, pair + 1)
+        rung, _ = climb_of(trial, config)
+        assert rung is not None
+        setting, session = asked[rung], maker.session(pair)
+        picture = Image.open(maker.path(pair, setting)).convert("RGB")
+        edit = Edit(picture, torch.empty(0), setting.edit, maker.targets[pair], {})
+        try:
+            picture = edit.keep_outside(session.source, session.change_mask(edit))
+        except InputError:  # nearly everything changed, as most of a new background's edits do
+            print(f"pair {pair}: {trial.name[5:]}, refused", flush=True)
+        source, _ = render(edits.source[one], side)
+        changed = changed_mask(edits.source[one], edits.target[one], side)
+        pairs = type(edits)([edits.kind[pair]], edits.source[one], edits.target[one])
+        seen = score(judge, to_pixels([picture]), source, changed, pairs)
+        accepted.append(bool((seen.success & seen.kept & ~(seen.psnr_outside < LEAST_OUTSIDE_DB)).item()))
+    return accepted
+
+
 def by_photo(values: Sequence[float] | Tensor) -> Tensor:
     """[photos, EDITS_EACH], as intervals are by photo: a photo's edits are no independent cases."""
     return torch.as_tensor(values).float().reshape(-1, EDITS_EACH)
@@ -158,6 +183,13 @@ def main() -> None:
         print(json.dumps(asdict(found), indent=2))
         return
     measured = lines(trials, editor.defaults.choose)
+    ours = by_photo(put_back(maker, trials, editor.defaults.choose))
+    best = next(line for line in measured if line.measure == "chosen above the best single setting")
+    alone = by_photo([trial.edits[best.part.removeprefix("accepted, ")][1] for trial in trials])
+    measured += [
+        Line("chosen, the photo put back outside", "accepted", bootstrap(ours)),
+        Line("chosen, the photo put back outside, above the best single setting", best.part, paired(ours, alone)),
+    ]
     print(report.table(measured))
     if args.out:
         assert editor.model.scorer is not None

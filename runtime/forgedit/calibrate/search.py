@@ -62,16 +62,21 @@ def follow(trial: Trial, config: ChooseConfig) -> tuple[bool, int]:
 
     Rungs that the trial has no edit of are passed over, at no cost; without any, nothing is accepted.
     """
+    chosen, made = climb_of(trial, config)
+    return chosen is not None and trial.edits[chosen][1], made
+
+
+def climb_of(trial: Trial, config: ChooseConfig) -> tuple[str | None, int]:
+    """The rung that the climb would have chosen, None without any, and how many edits it would have made."""
     seen: list[Verdict] = []
-    marks: list[bool] = []
+    made: list[str] = []
     for rung in config.ladder:
         if len(seen) == config.max_edits or (seen and seen[-1].good):
             break
         if rung in trial.edits:
-            evidence, mark = trial.edits[rung]
-            seen.append(Verdict.of(evidence, config))
-            marks.append(mark)
-    return bool(seen) and marks[best_of(seen)], len(seen)
+            seen.append(Verdict.of(trial.edits[rung][0], config))
+            made.append(rung)
+    return (made[best_of(seen)] if made else None), len(made)
 
 
 def outcome(trials: Sequence[Trial], config: ChooseConfig) -> Outcome:
