@@ -285,6 +285,8 @@ def parse_rung(rung: str) -> dict[str, Any]:
     SEED: counted from the base edit's own; 0 if left out
     Raises: ValueError for anything else
     """
+    if not isinstance(rung, str):  # a file may hold anything
+        raise ValueError(f"a rung is {rung!r}; expected text such as encoderattn:0.9")
     strategy, *rest = rung.split(":")
     try:
         strengths = [float(part) for part in rest[0].split("+")]

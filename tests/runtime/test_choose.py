@@ -199,6 +199,11 @@ def test_a_rung_that_cannot_be_read_is_shown(rung):
         parse_rung(rung)
 
 
+def test_a_rung_is_text():
+    with pytest.raises(ValueError, match="a rung is 7; expected text"):
+        Defaults.merged({"choose": {"ladder": [7]}})
+
+
 def test_a_rung_of_an_unknown_strategy_names_those_there_are():
     with pytest.raises(ValueError, match="unknown strategy 'nix'; expected one of: none"):
         ChooseConfig(ladder=("nix:1.0",))

@@ -46,9 +46,6 @@ def read_profile(path: Path, scorer: str) -> ChooseConfig:
             "thresholds belong to one scorer: calibrate again, or give that one"
         )
     try:
-        choose = dict(profile["choose"])
-        if not all(isinstance(rung, str) for rung in choose.get("ladder", ())):
-            raise TypeError(f"the ladder {choose['ladder']!r} has rungs that are no text")
-        return ChooseConfig(**choose)
+        return ChooseConfig(**profile["choose"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the profile {str(path)!r} is malformed: {error}") from error

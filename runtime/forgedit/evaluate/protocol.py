@@ -167,6 +167,8 @@ def _measure(
         "seconds_edit": time.perf_counter() - start,
         "seconds_tune": session.seconds["tune"],
         "edits_made": float(made),
+        "photo_pixels": float(math.prod(session.photo_size or session.source.size)),
+        "edited_pixels": float(math.prod(session.source.size)),
         "peak_bytes": float(max(held for held in peak_bytes(device).values() if held)),
     }
     mask = session.change_mask(edit)

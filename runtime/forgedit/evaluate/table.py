@@ -32,6 +32,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "seconds_edit": ("s an edit", ".2f"),
     "seconds_tune": ("s a tune", ".1f"),
     "peak_bytes": ("peak bytes", ".3g"),
+    "photo_pixels": ("pixels of a photo", ".0f"),
+    "edited_pixels": ("pixels of an edit", ".0f"),
 }
 
 

@@ -36,14 +36,15 @@ def page_of_run(report: Mapping[str, Any], folder: Path, command: str = "", scor
         keep_outside: {mask, rectangle, feather, photo, those that were given}
     Raises: KeyError for a report that lacks an entry every report has
     """
-    sweep = [_shown(entry, folder) for entry in report["edits"]]
+    tell_seed = len({entry["settings"]["seed"] for entry in report["edits"]}) > 1
+    sweep = [_shown(entry, folder, tell_seed) for entry in report["edits"]]
     edit, chosen, reason = None, None, ""
     if "the_edit" in report:
         delivered = report["the_edit"]
         entries = [entry["settings"] for entry in report["edits"]]
         chosen = entries.index(delivered["settings"]) if delivered["settings"] in entries else None
         alone = {} if chosen is None else report["edits"][chosen]
-        edit, reason = _shown({**alone, **delivered}, folder), delivered["rule"]
+        edit, reason = _shown({**alone, **delivered}, folder, tell_seed), delivered["rule"]
         if [entry["file"] for entry in report["edits"]] == [delivered["file"]]:
             sweep, chosen = [], None
     elif report["command"] == "edit":
@@ -100,10 +101,10 @@ def _kept(asked: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in {**asked, **lists}.items()]
 
 
-def _shown(entry: Mapping[str, Any], folder: Path) -> Shown:
+def _shown(entry: Mapping[str, Any], folder: Path, tell_seed: bool) -> Shown:
     config = EditConfig(**entry["settings"])
     scores = entry.get("scores") or {PSNR.name: entry.get(PSNR.name)}
-    label = f"{config.strategy}, {strength(config)}"
+    label = f"{config.strategy}, {strength(config)}" + (f", seed {config.seed}" if tell_seed else "")
     return Shown(folder / entry["file"], label, entry["settings"], scores, entry.get("rejected", ""))
 
 
