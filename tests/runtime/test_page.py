@@ -198,6 +198,10 @@ def test_what_a_report_may_hold_besides(run, photo, tmp_path):
     plain((9, 9, 9)).save(folder / "edit.png")
     page = page_of_run(report, folder, scores=(Score("margin", "Margin"),))
     assert (page.chosen, page.sweep[0].rejected, page.sweep[0].scores) == (1, "too little kept", {"margin": 0.5})
+    assert [shown.label for shown in page.sweep] == ["none, gamma 1", "none, gamma 1.2"]
+    report["edits"][0]["settings"]["seed"] = 7  # seeds are told where they tell edits apart
+    labels = [shown.label for shown in page_of_run(report, folder).sweep]
+    assert labels == ["none, gamma 1, seed 7", "none, gamma 1.2, seed 0"]
     assert page.warnings[0] == "look" and "the end" in page.warnings[1] and "interrupted" in page.warnings[2]
     text = read(page, tmp_path).text
     assert "covers 10.0% of the picture. Outside it, the edit has the photo's own pixels" in text
