@@ -1,6 +1,6 @@
 """Pictures of docs/findings.md, made from the rows: `python -m bench.world.plot_findings [--out docs/findings]`.
 
-forgetting.png  what each strategy takes away of a photo, and what it lets be edited
+forgetting.png  what each strategy takes away of a photo, and what that does to edits
 blend.png       VS and VP: edits that succeed and keep the rest, against what is left outside them
 keep.png        from nothing kept of what is forgotten to all
 steps.png       tuning steps: the photo learned, the edit lost
@@ -24,35 +24,22 @@ Found = dict[tuple[str, str], Row]
 
 
 def plot_forgetting(found: Found) -> Figure:
-    """Left: shares of structure and appearance lost, of reconstructions. Right: success of the two kinds of edits."""
-    figure, (left, right) = _panels(2)
-    for names, color in ((ENCODER, BLUE), (DECODER, ORANGE)):
-        for name, mark in zip(names, "osD", strict=True):
-            rows = [found[f"{name}, share lost", part] for part in ("structure", "appearance")]
-            _cross(left, rows[0], rows[1], color, mark, name)
-    left.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle="--")
-    left.set_xlabel("structure lost, share of what was learned", fontsize=8)
-    left.set_ylabel("appearance lost, likewise", fontsize=8)
-    _title(left, "The photo alone (gamma 0)")
-    left.legend(fontsize=7, frameon=False)
-    arms = ("none", *ENCODER, *DECODER)
-    for shift, (part, color) in zip((-0.18, 0.18), (("structure", BLUE), ("appearance", ORANGE)), strict=True):
-        rows = [found[f"{name}, gamma 1", f"success, {part} edits"] for name in arms]
-        right.errorbar(
-            [row["value"] for row in rows],
-            [place + shift for place in range(len(arms))],
-            xerr=_arms(rows),
-            fmt="o",
-            color=color,
-            markersize=4,
-            linewidth=1,
-            label=f"edits of {part}",
-        )
-    right.set_yticks(range(len(arms)), arms)
-    right.set_ylim(len(arms) - 0.4, -0.6)
-    right.set_xlabel("success", fontsize=8)
-    right.legend(fontsize=7, frameon=False, loc="lower left")
-    _title(right, "Edits (gamma 1)")
+    """A line a strategy. Two panels of the photo alone, one of edits."""
+    figure, panels = _panels(3)
+    arms = ("none", *ENCODER, *DECODER, "everything")
+    colors = [GREY, *[BLUE] * len(ENCODER), *[ORANGE] * len(DECODER), GREY]
+    shown = (("structure", 0, "Structure kept"), ("colour distance", 0, "Colours off, ΔE"), ("accepted", 1, "Accepted"))
+    for axes, (part, gamma, words) in zip(panels, shown, strict=True):
+        for place, (name, color) in enumerate(zip(arms, colors, strict=True)):
+            row = found[f"{name}, gamma {gamma}", part]
+            axes.errorbar(
+                [row["value"]], [place], xerr=_arms([row]), fmt="o", color=color, markersize=5, linewidth=1.2
+            )
+        axes.set_yticks(range(len(arms)), arms if axes is panels[0] else [""] * len(arms))
+        axes.set_ylim(len(arms) - 0.4, -0.6)
+        axes.grid(axis="x", linewidth=0.3)
+        axes.set_xlabel("an edit (gamma 1)" if gamma else "the photo alone (gamma 0)", fontsize=8)
+        _title(axes, words)
     return _signed(figure, found)
 
 
@@ -81,16 +68,16 @@ def plot_blend(found: Found) -> Figure:
 
 def plot_keep(found: Found) -> Figure:
     figure, panels = _panels(2)
-    for axes, part in zip(panels, ("success and kept", "PSNR outside"), strict=True):
+    for axes, part in zip(panels, ("accepted", "PSNR outside"), strict=True):
         for strategy, color in (("encoderattn", BLUE), ("decoderattn", ORANGE)):
             rows = [found[f"{strategy}, keep {keep:g}", part] for keep in KEPT_SHARES]
             _line(axes, KEPT_SHARES, rows, color, strategy)
         axes.set_xlabel("keep (1: nothing is forgotten)", fontsize=8)
         axes.set_xticks(KEPT_SHARES)
     panels[0].set_ylim(-0.05, 1.08)
-    _title(panels[0], "Success and kept")
+    _title(panels[0], "Accepted")
     _title(panels[1], "PSNR outside, dB")
-    panels[0].legend(fontsize=7, frameon=False, loc="lower left")
+    panels[0].legend(fontsize=7, frameon=False, loc="lower right")
     return _signed(figure, found)
 
 
@@ -172,20 +159,6 @@ def _line(axes: Axes, places: Sequence[float], rows: Sequence[Row], color: str, 
     values = [row["value"] for row in rows]
     axes.errorbar(
         places, values, yerr=_arms(rows), fmt="o-", color=color, markersize=4, linewidth=1, capsize=2, label=label
-    )
-
-
-def _cross(axes: Axes, across: Row, up: Row, color: str, mark: str, label: str) -> None:
-    axes.errorbar(
-        [across["value"]],
-        [up["value"]],
-        xerr=_arms([across]),
-        yerr=_arms([up]),
-        fmt=mark,
-        color=color,
-        markersize=5,
-        linewidth=0.8,
-        label=label,
     )
 
 

@@ -211,7 +211,7 @@ class Baseline:
         return Made(image, time.perf_counter() - start)
 
 
-# Forgedit itself among them. SDEdit's strengths are those that came nearest to the rendered world's true edits, with the
+# Forgedit itself among them. SDEdit's strengths are those that came nearest to the rendered world's true edits with the
 # bundled model (docs/findings.md); of the other methods' strengths none was measured against another.
 BASELINES: dict[str, Baseline] = {
     "photo unchanged": Baseline(Untuned(), Unchanged()),
