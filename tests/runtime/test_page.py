@@ -199,6 +199,11 @@ def test_what_a_report_may_hold_besides(run, photo, tmp_path):
     page = page_of_run(report, folder, scores=(Score("margin", "Margin"),))
     assert (page.chosen, page.sweep[0].rejected, page.sweep[0].scores) == (1, "too little kept", {"margin": 0.5})
     assert [shown.label for shown in page.sweep] == ["none, gamma 1", "none, gamma 1.2"]
+    for entry in report["edits"]:
+        entry["is_reference_schedule"], entry["settings"]["scheduler"] = False, "unipc"
+    assert "another scheduler" in page_of_run(report, folder).warnings[-1]
+    report["choose"] = {"scheduler": "unipc"}
+    assert not any("another scheduler" in words for words in page_of_run(report, folder).warnings)
     report["edits"][0]["settings"]["seed"] = 7  # seeds are told where they tell edits apart
     labels = [shown.label for shown in page_of_run(report, folder).sweep]
     assert labels == ["none, gamma 1, seed 7", "none, gamma 1.2, seed 0"]
