@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--numerics", default="exact")
     parser.add_argument("--steps", type=int, default=25, help="of DDIM, a picture")
     parser.add_argument("--rungs", help="comma-separated methods, for the settings to choose their strengths from")
+    parser.add_argument("--method", action="append", choices=list(BASELINES), help="only this one; may be repeated")
     parser.add_argument("--shard", default="0/1", help="i/n: make every n-th photo's pictures from the i-th on")
     parser.add_argument("--make-only", action="store_true", help="stop after making pictures")
     parser.add_argument("--judge", type=Path, default=JUDGE)
@@ -226,6 +227,8 @@ def main() -> None:
     folder = args.work / f"{editor.fingerprint[:12]}-{args.numerics}-{args.seed}-{args.pairs}"
     kept = Kept(Maker(editor, some, tune, folder), edit)
     wanted = rungs(tuple(args.rungs.split(","))) if args.rungs else arms()
+    if args.method:
+        wanted = [arm for arm in wanted if arm.name.partition(": ")[0] in args.method]
     started = time.perf_counter()
     for pair in pairs:
         if pair // EDITS_EACH % shards == shard:  # a photo's edits in one process
