@@ -1,9 +1,10 @@
-"""Several photos of one subject, and sequences of frames: `python -m bench.world.reach frames|subjects|alone|measure`.
+"""Several photos of one subject, and sequences of frames: `python -m bench.world.reach PART`. The parts:
 
 subjects    each photo of pairs_by_photo learned together with renders of its combination, placed and lit otherwise, and
             edited towards the photo's targets
 frames      six frames in which the photo's object moves, edited with the photo's session: one noise for all frames, or
             one for each
+all         the same frames, learned together, and edited with that session under one noise
 alone       the same frames, each learned and edited by itself, as the method does
 measure     the judge's counts, distances and flicker over all pictures, by photo; rows
 
@@ -59,18 +60,22 @@ class Together:
 
 @dataclass(frozen=True)
 class Way:
-    """A column: how a sequence is edited. noise: 'one' for all frames, 'own' for each; 'alone' also learns each."""
+    """A column: how a sequence is edited.
+
+    noise: 'one' for all frames, 'own' for each; with 'all' frames are learned together, with 'alone' each by itself
+    """
 
     noise: str
     strength: float
 
     def __str__(self) -> str:
-        return "each frame learned alone" if self.noise == "alone" else f"{self.noise} noise, {self.strength}"
+        words = {"alone": "each frame learned alone", "all": f"all frames learned, one noise, {self.strength}"}
+        return words.get(self.noise, f"{self.noise} noise, {self.strength}")
 
 
 SUBJECTS = (Together(1, 400), Together(4, 400), Together(2, 400), Together(4, 800))
 WAYS = (Way("one", 0.75), Way("own", 0.75), Way("one", 0.6), Way("one", 0.9))
-ALONE = Way("alone", 1.0)
+ALL, ALONE = Way("all", 0.75), Way("alone", 1.0)
 
 
 def same_subject(scene: Scenes, n: int) -> Scenes:
@@ -137,6 +142,10 @@ class Reach:
         frames = to_images(render(sequence(maker.edits.source[[pair]]), maker.editor.model.resolution)[0])
         if way.noise == "one":
             made = list(edit_frames(maker.session(pair), frames, target, self.edit, way.strength).images)
+        elif way.noise == "all":
+            tune = maker.tune.replace(caption=maker.captions[pair])
+            session = maker.editor.tune(frames[0], tune, others=frames[1:])
+            made = list(edit_frames(session, frames, target, self.edit, way.strength).images)
         elif way.noise == "own":
             made, session = [], maker.session(pair)
             for seed, frame in enumerate(frames):
@@ -185,7 +194,8 @@ def sequence_marks(judge: Judge, edits: Edits, pair: int, pictures: Tensor) -> d
     """Means over frames, or over neighbours of them.
 
     Flicker is the root of the mean squared change, from a frame to the next, of the picture less the true edit, in grey
-    levels of 255; 'outside' counts what neither frame's true edit changes.
+    levels of 255; 'outside' counts what neither frame's true edit changes. A frame after the first is followed if its
+    picture is nearer to its own true edit than to the first frame's: the judge does not see where a thing stands.
     """
     source = sequence(edits.source[[pair]])
     target, side = target_of(edits, pair, source), pictures.shape[-1]
@@ -197,6 +207,7 @@ def sequence_marks(judge: Judge, edits: Edits, pair: int, pictures: Tensor) -> d
     still = ~(changed[1:] | changed[:-1])
     marks = {"success": hits, "rest kept": held, "success and kept": hits & held}
     marks |= {"PSNR outside": psnr(pictures, before, ~changed), "PSNR to the true edit": psnr(pictures, truth)}
+    marks["frames followed"] = (psnr(pictures, truth) > psnr(pictures, truth[:1]))[1:]
     found = {name: values.double()[values.double().isfinite()].mean() for name, values in marks.items()}
     return found | {"flicker": step.mean().sqrt(), "flicker outside": (step[still].mean()).sqrt()}
 
@@ -232,15 +243,15 @@ def measured(reach: Reach, judge: Judge, photos: range) -> Iterator[Line]:
     }
     yield from column_lines("together", {name: marks for name, marks in together.items() if marks})
     moving: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for way in (*WAYS, ALONE):
+    for way in (*WAYS, ALL, ALONE):
         there = [pair for pair in pairs if reach.complete(pair, way)]
         moving[str(way)] = {p: sequence_marks(judge, edits, p, reach.pictures(p, way)) for p in there}
     for pair in moving[str(WAYS[0])]:
         frames = sequence(edits.source[[pair]])
         true = render(target_of(edits, pair, frames), reach.maker.editor.model.resolution)[0]
-        moving.setdefault("the true edits autoencoded", {})[pair] = sequence_marks(
-            judge, edits, pair, round_trip(vae, true)
-        )
+        still = reach.pictures(pair, WAYS[0])[:1].expand_as(true)
+        for name, pictures in (("true edits autoencoded", round_trip(vae, true)), ("first edit repeated", still)):
+            moving.setdefault(name, {})[pair] = sequence_marks(judge, edits, pair, pictures)
     yield from column_lines("frames", {name: marks for name, marks in moving.items() if marks})
 
 
@@ -251,7 +262,7 @@ def sheet(reach: Reach, pairs: Sequence[int], path: Path) -> None:
     for pair in pairs:
         frames = sequence(edits.source[[pair]])
         shown = {"frames": render(frames, side)[0], "true edits": render(target_of(edits, pair, frames), side)[0]}
-        shown |= {str(way): reach.pictures(pair, way) for way in (*WAYS, ALONE) if reach.complete(pair, way)}
+        shown |= {str(way): reach.pictures(pair, way) for way in (*WAYS, ALL, ALONE) if reach.complete(pair, way)}
         strips += list(shown.values())
         labels += [f"{name}\n{reach.maker.targets[pair]}" for name in shown]
     contact_sheet({f"frame {k}": torch.stack([strip[k] for strip in strips]) for k in range(FRAMES)}, labels, path)
@@ -259,7 +270,7 @@ def sheet(reach: Reach, pairs: Sequence[int], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("subjects", "frames", "alone", "measure"))
+    parser.add_argument("part", choices=("subjects", "frames", "all", "alone", "measure"))
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--pairs", type=int, default=60, help=f"held-out pairs, {EDITS_EACH} of one photo")
     parser.add_argument("--first", type=int, default=20, help="only the first so many photos")
@@ -279,7 +290,7 @@ def main() -> None:
     reach = Reach(maker, replace(editor.defaults.edit, num_steps=STEPS), args.work / name)
     photos, started = range(min(args.first, args.pairs // EDITS_EACH)), time.process_time()
     if args.part != "measure":
-        ways = (ALONE,) if args.part == "alone" else WAYS[: args.columns]
+        ways = {"all": (ALL,), "alone": (ALONE,)}.get(args.part, WAYS[: args.columns])
         for column in SUBJECTS[: args.columns] if args.part == "subjects" else ways:
             for photo in photos:
                 if isinstance(column, Together):

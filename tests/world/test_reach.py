@@ -58,6 +58,7 @@ def test_the_true_edits_have_full_marks_and_do_not_flicker(edits, judge):
     marks = [R.sequence_marks(judge, edits, pair, frames_of(edits, pair)[1]) for pair in pairs]
     assert all(found["flicker"] == 0 and found["flicker outside"] == 0 for found in marks)
     assert torch.stack([found["success and kept"] for found in marks]).mean() > 0.9
+    assert all(found["frames followed"] == 1 for found in marks)
     unchanged = [R.sequence_marks(judge, edits, pair, frames_of(edits, pair)[0]) for pair in pairs]
     assert torch.stack([found["success"] for found in unchanged]).mean() < 0.1
     assert all(found["PSNR outside"] > 90 for found in unchanged if found["PSNR outside"].isfinite())
@@ -70,6 +71,14 @@ def test_flicker_is_what_differs_from_one_frame_to_the_next(edits, judge):
     steady, restless = (R.sequence_marks(judge, edits, 0, truth + added) for added in (noise[:1], noise))
     assert steady["flicker"] < 1e-3 and restless["flicker"] == pytest.approx(4 * 2**0.5, rel=0.02)
     assert restless["flicker outside"] == pytest.approx(4 * 2**0.5, rel=0.1)
+
+
+def test_a_picture_that_stays_does_not_follow_its_frames(edits, judge):
+    """The judge alone is content with it."""
+    for pair in (0, 3, 6):
+        _, truth = frames_of(edits, pair)
+        still = R.sequence_marks(judge, edits, pair, truth[:1].expand_as(truth))
+        assert still["frames followed"] == 0 and still["flicker"] > 5 and still["success"] in (0, 1)
 
 
 def test_edits_of_one_photo_stand_in_one_row():
@@ -86,14 +95,14 @@ def test_edits_of_one_photo_stand_in_one_row():
 def test_pictures_are_made_once_and_measured(tmp_path, edits, judge, monkeypatch):
     """All columns with a tune of one step and edits of two, on the bundled model."""
     editor = Editor.from_pretrained()
-    tune = editor.defaults.tune.replace(num_steps=1, batch_size=2)
+    tune = editor.defaults.tune.replace(num_steps=1, batch_size=6)
     maker = Maker(editor, edits, tune, tmp_path / "sessions")
     reach = R.Reach(maker, replace(editor.defaults.edit, num_steps=2), tmp_path / "pictures")
-    columns = (R.Together(1, 2), R.Together(2, 4))
+    columns = (R.Together(1, 6), R.Together(2, 12))
     monkeypatch.setattr(R, "SUBJECTS", columns)
     for column in columns:
         reach.make_subject(0, column)
-    ways = (*R.WAYS[:2], R.ALONE)
+    ways = (*R.WAYS[:2], R.ALL, R.ALONE)
     for way in ways:
         reach.make_sequence(0, way)
     made = sorted((tmp_path / "pictures").glob("*.png"))
@@ -105,6 +114,6 @@ def test_pictures_are_made_once_and_measured(tmp_path, edits, judge, monkeypatch
     found = {(line.measure, line.part): line.figure for line in R.measured(reach, judge, range(1))}
     assert found["frames: one noise, 0.75", "flicker"].n == 1
     assert ("frames: own noise, 0.75 above one noise, 0.75", "flicker") in found
-    assert found["together: 2 photos, 4 samples above 1 photo, 2 samples", "PSNR outside, first photo"].n == 1
+    assert found["together: 2 photos, 12 samples above 1 photo, 6 samples", "PSNR outside, first photo"].n == 1
     R.sheet(reach, [0], tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size[0] > 6 * 64 and to_images(reach.pictures(0, ways[0]))
