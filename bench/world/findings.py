@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--numerics", default="exact")
     parser.add_argument("--shard", default="0/1", help="i/n: make every n-th photo's pictures from the i-th on")
+    parser.add_argument("--label", help="the rows' question, where these pairs belong to another one's table")
     parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--work", type=Path, default=Path(".bench/choose"), help="where pictures are kept")
     parser.add_argument("--out", type=Path, help="append rows to this JSON-lines file")
@@ -118,10 +119,11 @@ def main() -> None:
         made = {arm: shown for arm, shown in pictures.items() if shown is not None}
         if missing := sorted(set(pictures) - set(made)):
             raise FileNotFoundError(f"{name}: pictures are missing of {', '.join(missing)}; run make first")
-        found = lines(name, asked[name], made, truth[range(wanted[name])])
+        label = args.label or name
+        found = lines(label, asked[name], made, truth[range(wanted[name])])
         print(report.table([line for part in found.values() for line in part]))
         if args.out:
-            write(name, found, args.out, makers, wanted[name], args.seed)
+            write(label, found, args.out, makers, wanted[name], args.seed)
         if args.grid:
             draw(asked[name], made, makers.first, truth, args.grid / f"{name}.png")
 
