@@ -54,8 +54,8 @@ def edit_frames(
 ) -> EditedFrames:
     """Edit frames of one scene towards one target.
 
-    session: best of all the frames, learned together (Editor.tune's others): one that learned the first alone has learned
-        where things stand in it, and draws the other frames there
+    session: best of all the frames, learned together (Editor.tune's others): one that learned the first alone has
+        learned where things stand in it, too, and draws them there in the other frames
     frames: as tune takes photos, all of the size of the session's photo; transparent ones are put over white
     config: None takes the editor's defaults.edit. Its scheduler must be 'ddim'; the noise of its seed is every frame's
     strength: share of the denoising steps that is done, in (0, 1]; less keeps more of each frame, 1 begins from noise
