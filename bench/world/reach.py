@@ -305,7 +305,7 @@ def main() -> None:
         whole = [p for p in range(len(edits.kind)) if all(reach.complete(p, way) for way in WAYS)]
         sheet(reach, whole, args.grid)
     if args.out:
-        common = {"model": editor.fingerprint[:12], "seed": args.seed, "numerics": args.numerics}
+        common = {"model": editor.fingerprint[:12], "seed": args.seed, "numerics": args.numerics, "question": "reach"}
         report.write(found, args.out, common | {"tune": asdict(maker.tune), "reach": asdict(reach.edit)}, {})
 
 
