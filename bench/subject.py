@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import forgedit.editor
 import forgedit.engine.reference
+import forgedit.learning
 from bench.sd14 import RESOLUTION, sd14_model
 from forgedit import Editor, Session, TuneConfig
 
@@ -83,7 +84,8 @@ class Subject:
 
     def call(self, stage: str, run: Callable[[], object]) -> Call:
         """The first call of a stage function that the editor would make while `run` runs, which ends there."""
-        user = next(module for module in (forgedit.editor, forgedit.engine.reference) if hasattr(module, stage))
+        users = forgedit.learning, forgedit.editor, forgedit.engine.reference
+        user = next(module for module in users if hasattr(module, stage))
         function = getattr(user, stage)
         with mock.patch.object(user, stage, side_effect=_Reached) as spy, suppress(_Reached):
             run()
