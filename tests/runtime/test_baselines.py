@@ -39,6 +39,7 @@ CAPTION, TARGET = "a cat", "a blue dog"
 TUNE = dict(num_steps=3, batch_size=2, unet_lr=1e-3, seed=3)
 EDIT = EditConfig(num_steps=10, guidance_scale=3.0, seed=4)
 NEAR = 1e-5  # relative, of latents
+NEAR_INVERTED = 3e-5  # what was rounded on the way to the noise grows on the way back: 1.3e-5 on AVX2
 
 
 def distance(got, expected):
@@ -168,7 +169,7 @@ def test_inversion_with_prompts_swapped(pipe, session, travelled, strategy):
     Inversion().make(session, TARGET, replace(EDIT, strategy=strategy))
     unet, ddim = forgotten(pipe, session, strategy), ddim_of(10)
     x = invert_naively(unet, photo_latents(session), session.embedding, ddim)
-    assert distance(travelled[0].latents, denoise(pipe, unet, x, ddim.timesteps, ddim)) < NEAR
+    assert distance(travelled[0].latents, denoise(pipe, unet, x, ddim.timesteps, ddim)) < NEAR_INVERTED
 
 
 def test_sdedit_of_full_strength_is_text_to_image(session, untuned):

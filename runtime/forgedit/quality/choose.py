@@ -73,7 +73,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One rung's edit, the verdict on it, and where it changed the photo."""
+    """One rung's edit and the verdict on it; mask: where it changed the photo."""
 
     edit: Edit
     verdict: Verdict
