@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-dev
 
 tables: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.world.plot_findings
 	$(BIN)/python -m bench.tables
 
 # The tests and benches that need a GPU, on a machine with its own CUDA torch and no network: nothing is installed, PYTHON
