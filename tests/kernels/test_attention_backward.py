@@ -87,9 +87,9 @@ def _largest_score(inputs: Tensors, scale: float | None) -> float:
 def _right(inputs: Tensors, got: Tensors, scale: float | None = None, backend: str = "triton") -> tuple[bool, ...]:
     """STYLE's rule for each gradient: twice the reference's own error in the inputs' dtype, plus the dtype's floor.
 
-    In float32 a score's own rounding is the floor, where that is more, twice: as a sum, and scaled. It is a relative error
-    of the score's weight, and which scores round well differs between the reference's products and the interpreter's, by
-    the CPU's instructions.
+    In float32 a score's own rounding is the floor, where that is more, twice: as a sum, and scaled. It is a relative
+    error of the score's weight, and which scores round well differs between the reference's products and the
+    interpreter's, by the CPU's instructions.
     """
     dtype = inputs[0].dtype
     floor = (NATIVE_FLOORS if backend == "native" else FLOORS)[dtype]
