@@ -38,7 +38,7 @@ from forgedit.evaluate.baselines import (
     Tuned,
     Untuned,
 )
-from forgedit.evaluate.world import LEAST_OUTSIDE_DB
+from forgedit.evaluate.world import accepted
 from forgedit.world.judge import JUDGE, Judge, load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import Edits
@@ -145,11 +145,6 @@ class Kept:
 def both(scores: Scores) -> Tensor:
     """bool [B]: the edit is there, and all else that the judge names was kept."""
     return scores.success & scores.kept
-
-
-def accepted(scores: Scores) -> Tensor:
-    """bool [B]: both, and LEAST_OUTSIDE_DB left outside the true mask; NaN, nothing is outside, is no fault."""
-    return both(scores) & ~(scores.psnr_outside < LEAST_OUTSIDE_DB)
 
 
 def arm_lines(name: str, scores: Scores, photos: Tensor) -> Iterator[Line]:

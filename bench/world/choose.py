@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.world import report
 from bench.world.evaluate import Maker, Setting
-from bench.world.pairs import pairs_by_photo
+from bench.world.pairs import pairs_by_photo, some_pairs
 from bench.world.report import Line
 from forgedit import ChooseConfig, Edit, Editor
 from forgedit.atomic import write_atomic
@@ -34,7 +34,7 @@ from forgedit.calibrate.search import Trial, calibrate, climb_of, follow
 from forgedit.config import parse_rung
 from forgedit.errors import InputError
 from forgedit.evaluate.bootstrap import bootstrap, paired
-from forgedit.evaluate.world import LEAST_OUTSIDE_DB
+from forgedit.evaluate.world import accepted
 from forgedit.quality.choose import Evidence, Witness
 from forgedit.world.judge import load_judge
 from forgedit.world.render import changed_mask, render
@@ -93,10 +93,8 @@ def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
             evidence.append(Evidence(**{field.name: seen[field.name] for field in fields(Evidence)}))
         pictures = [Image.open(maker.path(pair, setting)).convert("RGB") for setting in wanted]
         alike = [pair] * len(pictures)
-        same = type(edits)([edits.kind[pair]] * len(pictures), edits.source[alike], edits.target[alike])
-        seen = score(judge, to_pixels(pictures), source[alike], changed[alike], same)
-        outside = ~(seen.psnr_outside < LEAST_OUTSIDE_DB)  # NaN: nothing is outside
-        marks = (seen.success & seen.kept & outside).tolist()
+        seen = score(judge, to_pixels(pictures), source[alike], changed[alike], some_pairs(edits, alike))
+        marks = accepted(seen).tolist()
         trials.append(
             Trial(f"{pair:04d}-{edits.kind[pair]}", dict(zip(LADDER, zip(evidence, marks, strict=True), strict=True)))
         )
@@ -105,11 +103,10 @@ def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
 
 def put_back(maker: Maker, trials: Sequence[Trial], config: ChooseConfig) -> list[bool]:
     """Whether the edit chosen is accepted once the photo is put back outside its mask; the whole one where refused."""
-    edits, side, judge, accepted = maker.edits, maker.editor.model.resolution, load_judge(), []
+    edits, side, judge, marks = maker.edits, maker.editor.model.resolution, load_judge(), list[bool]()
     asked = {setting.name: setting for setting in settings(maker.editor)}
     for trial in trials:
         pair = int(trial.name[:4])
-        one = slice(pair, pair + 1)
         rung, _ = climb_of(trial, config)
         assert rung is not None
         setting, session = asked[rung], maker.session(pair)
@@ -119,12 +116,12 @@ def put_back(maker: Maker, trials: Sequence[Trial], config: ChooseConfig) -> lis
             picture = edit.keep_outside(session.source, session.change_mask(edit))
         except InputError:  # nearly everything changed, as most of a new background's edits do
             print(f"pair {pair}: {trial.name[5:]}, refused", flush=True)
-        source, _ = render(edits.source[one], side)
-        changed = changed_mask(edits.source[one], edits.target[one], side)
-        pairs = type(edits)([edits.kind[pair]], edits.source[one], edits.target[one])
-        seen = score(judge, to_pixels([picture]), source, changed, pairs)
-        accepted.append(bool((seen.success & seen.kept & ~(seen.psnr_outside < LEAST_OUTSIDE_DB)).item()))
-    return accepted
+        one = some_pairs(edits, [pair])
+        source, _ = render(one.source, side)
+        changed = changed_mask(one.source, one.target, side)
+        seen = score(judge, to_pixels([picture]), source, changed, one)
+        marks.append(bool(accepted(seen)))
+    return marks
 
 
 def by_photo(values: Sequence[float] | Tensor) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bench.world.aspects import colour_distance, structure
-from bench.world.baselines import accepted, both
+from bench.world.baselines import both
 from bench.world.choose import EDITS_EACH
 from bench.world.pairs import some_pairs
 from bench.world.questions import DECODER, ENCODER, Arm, Question
 from bench.world.report import Line
 from bench.world.resample import clustered, share
+from forgedit.evaluate.world import accepted
 from forgedit.world.judge import Judge, applies
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import KINDS, Edits, Scenes

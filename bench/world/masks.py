@@ -24,7 +24,7 @@ from bench.world.pairs import pairs_by_photo
 from bench.world.report import Line
 from bench.world.resample import clustered
 from forgedit import Edit, Editor, InputError
-from forgedit.evaluate.world import LEAST_OUTSIDE_DB, mask_scores
+from forgedit.evaluate.world import accepted, mask_scores
 from forgedit.world.judge import JUDGE, Judge, load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import KINDS, Edits
@@ -118,7 +118,7 @@ def _before_and_after(name: str, part: str, cases: Sequence[Case]) -> Iterator[L
 
 def _value(seen: Scores, title: str) -> float:
     if title == "accepted":
-        return float(bool(seen.success) and bool(seen.kept) and not bool(seen.psnr_outside < LEAST_OUTSIDE_DB))
+        return float(accepted(seen))
     return float(getattr(seen, title))
 
 

@@ -16,7 +16,7 @@ from forgedit.quality.composite import keep_outside
 from forgedit.world.judge import load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import KINDS, Edits, captions, sample_edits
-from forgedit.world.score import psnr, score, to_images, to_pixels
+from forgedit.world.score import Scores, psnr, score, to_images, to_pixels
 
 LEAST_OUTSIDE_DB = 22.0  # of an accepted edit, PSNR outside the true mask: the bundled model's own bar
 
@@ -47,17 +47,23 @@ def world_cases(pairs: int, seed: int, side: int) -> tuple[list[Case], Truth]:
         one = slice(index, index + 1)
         pair = Edits(edits.kind[one], edits.source[one], edits.target[one])
         seen = score(judge, to_pixels([picture]), source[one], changed[one], pair)
-        outside = float(seen.psnr_outside)
-        kept_outside = not outside < LEAST_OUTSIDE_DB  # NaN, nothing is outside, is no fault
         return {
             "success": float(seen.success),
             "kept": float(seen.kept),
-            "accepted": float(bool(seen.success) and bool(seen.kept) and kept_outside),
+            "accepted": float(accepted(seen)),
             "strength": float(seen.strength),
-            "psnr_outside": outside,
+            "psnr_outside": float(seen.psnr_outside),
         } | ({} if mask is None else mask_scores(mask, photos[index], picture, source[one], changed[one]))
 
     return cases, truth
+
+
+def accepted(scores: Scores) -> Tensor:
+    """bool [B]: the edit is there, and all else that the judge names was kept, and the picture outside the true mask.
+
+    LEAST_OUTSIDE_DB decides the last; NaN, nothing is outside, is no fault.
+    """
+    return scores.success & scores.kept & ~(scores.psnr_outside < LEAST_OUTSIDE_DB)
 
 
 def mask_scores(
