@@ -1,7 +1,7 @@
 """How well edits are chosen on the world: `python -m bench.world.choose make|calibrate|measure`.
 
-make        tune every photo of a seed once, and edit it with every rung of LADDER; pictures, and what is seen in them
-            without the truth, are kept, as in evaluate.py
+make        tune every photo of a seed once, and edit it with every rung of LADDER; pictures, whole and put into their
+            photos, and what is seen in them without the truth, are kept, as in evaluate.py
 calibrate   marks by the judge, on the pairs of one seed -> ladder and thresholds, for the bundled model's forgedit.json
 measure     on the pairs of another seed: the choice, each setting alone, and whoever knows the marks; rows
 
@@ -30,12 +30,12 @@ from bench.world.pairs import pairs_by_photo, some_pairs
 from bench.world.report import Line
 from forgedit import ChooseConfig, Edit, Editor
 from forgedit.atomic import write_atomic
-from forgedit.calibrate.search import Trial, calibrate, climb_of, follow
+from forgedit.calibrate.search import Trial, calibrate, follow
 from forgedit.config import parse_rung
-from forgedit.errors import InputError
 from forgedit.evaluate.bootstrap import bootstrap, paired
 from forgedit.evaluate.world import accepted
 from forgedit.quality.choose import Evidence, Witness
+from forgedit.quality.choose import judge as judge_edits
 from forgedit.world.judge import load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.score import Figure, score, to_pixels
@@ -56,42 +56,53 @@ def settings(editor: Editor) -> list[Setting]:
 
 
 def note_evidence(maker: Maker, pair: int) -> None:
-    """Beside a pair's pictures, what the scorer and the masks found say of each: the choice sees no more than that."""
+    """Beside a pair's pictures, what the scorer and the masks found say of each, whole and put into its photo: the
+    choice sees no more than that."""
     editor, scorer = maker.editor, maker.editor.model.scorer
     assert scorer is not None
-    missing = [setting for setting in settings(editor) if not evidence_path(maker, pair, setting).exists()]
+    missing = [setting for setting in settings(editor) if not note_path(maker, pair, setting, True).exists()]
     if not missing:
         return
     session, target = maker.session(pair), maker.targets[pair]
     witness = Witness(scorer, session.source, session.caption, target)
     for setting in missing:
         picture = Image.open(maker.path(pair, setting)).convert("RGB")
-        mask = session.change_mask(Edit(picture, torch.empty(0), setting.edit, target, {}))
-        (seen,) = witness.see([picture], [mask])
-        text = json.dumps({"scorer": scorer.name, "share_changed": mask.share, **asdict(seen)})
-        write_atomic(evidence_path(maker, pair, setting), partial(Path.write_text, data=text))
+        edit = Edit(picture, torch.empty(0), setting.edit, target, {})
+        mask = session.change_mask(edit)
+        for keep_outside in (False, True):
+            (seen,) = judge_edits(witness, [edit], [mask], ChooseConfig(keep_outside=keep_outside))
+            path = note_path(maker, pair, setting, keep_outside)
+            if keep_outside:
+                seen.picture.save(path.with_suffix(".png"))
+            note = {"scorer": scorer.name, "share_changed": mask.share, **asdict(seen.verdict.evidence)}
+            write_atomic(path, partial(Path.write_text, data=json.dumps(note)))
 
 
-def evidence_path(maker: Maker, pair: int, setting: Setting) -> Path:
-    return maker.path(pair, setting).with_suffix(".json")
+def note_path(maker: Maker, pair: int, setting: Setting, keep_outside: bool) -> Path:
+    """Of the evidence; the picture it is of lies beside it, as .png."""
+    path = maker.path(pair, setting)
+    return path.with_name(f"{path.stem}-kept.json") if keep_outside else path.with_suffix(".json")
 
 
-def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
-    """Of the pairs that have all their pictures and evidence; the marks are the judge's."""
+def read_trials(maker: Maker, pairs: Sequence[int], keep_outside: bool) -> list[Trial]:
+    """Of the pairs that have all their pictures and evidence; the marks are the judge's.
+
+    keep_outside: of edits put into their photos, or of whole ones
+    """
     editor, edits, wanted = maker.editor, maker.edits, settings(maker.editor)
     judge, side = load_judge(), editor.model.resolution
     source, _ = render(edits.source, side)
     changed = changed_mask(edits.source, edits.target, side)
     trials = []
     for pair in pairs:
-        notes = [evidence_path(maker, pair, setting) for setting in wanted]
+        notes = [note_path(maker, pair, setting, keep_outside) for setting in wanted]
         if not all(note.exists() for note in notes):
             continue
         evidence = []
         for note in notes:
             seen = json.loads(note.read_text(encoding="utf-8"))
             evidence.append(Evidence(**{field.name: seen[field.name] for field in fields(Evidence)}))
-        pictures = [Image.open(maker.path(pair, setting)).convert("RGB") for setting in wanted]
+        pictures = [Image.open(note.with_suffix(".png")).convert("RGB") for note in notes]
         alike = [pair] * len(pictures)
         seen = score(judge, to_pixels(pictures), source[alike], changed[alike], some_pairs(edits, alike))
         marks = accepted(seen).tolist()
@@ -101,52 +112,37 @@ def read_trials(maker: Maker, pairs: Sequence[int]) -> list[Trial]:
     return trials
 
 
-def put_back(maker: Maker, trials: Sequence[Trial], config: ChooseConfig) -> list[bool]:
-    """Whether the edit chosen is accepted once the photo is put back outside its mask; the whole one where refused."""
-    edits, side, judge, marks = maker.edits, maker.editor.model.resolution, load_judge(), list[bool]()
-    asked = {setting.name: setting for setting in settings(maker.editor)}
-    for trial in trials:
-        pair = int(trial.name[:4])
-        rung, _ = climb_of(trial, config)
-        assert rung is not None
-        setting, session = asked[rung], maker.session(pair)
-        picture = Image.open(maker.path(pair, setting)).convert("RGB")
-        edit = Edit(picture, torch.empty(0), setting.edit, maker.targets[pair], {})
-        try:
-            picture = edit.keep_outside(session.source, session.change_mask(edit))
-        except InputError:  # nearly everything changed, as most of a new background's edits do
-            print(f"pair {pair}: {trial.name[5:]}, refused", flush=True)
-        one = some_pairs(edits, [pair])
-        source, _ = render(one.source, side)
-        changed = changed_mask(one.source, one.target, side)
-        seen = score(judge, to_pixels([picture]), source, changed, one)
-        marks.append(bool(accepted(seen)))
-    return marks
-
-
 def by_photo(values: Sequence[float] | Tensor) -> Tensor:
     """[photos, EDITS_EACH], as intervals are by photo: a photo's edits are no independent cases."""
     return torch.as_tensor(values).float().reshape(-1, EDITS_EACH)
 
 
-def lines(trials: Sequence[Trial], config: ChooseConfig) -> list[Line]:
-    """The choice, the best single setting (known afterwards: the hardest to beat), and the best of all edits."""
-    chosen, made = zip(*(follow(trial, config) for trial in trials), strict=True)
-    ours = by_photo(chosen)
-    alone = {rung: by_photo([trial.edits[rung][1] for trial in trials]) for rung in LADDER}
-    best = max(alone, key=lambda rung: float(alone[rung].mean()))
-    oracle = by_photo([any(mark for _, mark in trial.edits.values()) for trial in trials])
-    within = by_photo([any(trial.edits[rung][1] for rung in config.ladder if rung in LADDER) for trial in trials])
-    share = float(ours.mean() / oracle.mean())
-    return [
-        Line("chosen", "accepted", bootstrap(ours)),
-        Line("chosen", "edits made", bootstrap(by_photo(made)), at_most=8),
-        Line("chosen", "share of the best of all edits", Figure(share, share, share, len(trials)), at_least=0.9),
-        Line("chosen above the best single setting", f"accepted, {best}", paired(ours, alone[best]), at_least=0.10),
-        Line("best of all edits", "accepted", bootstrap(oracle)),
-        Line("best of the ladder's edits", "accepted", bootstrap(within)),
-        *(Line(f"alone {rung}", "accepted", bootstrap(marks)) for rung, marks in alone.items()),
-    ]
+def lines(put_back: Sequence[Trial], whole: Sequence[Trial], config: ChooseConfig) -> list[Line]:
+    """The choice, each setting alone, and whoever knows the marks: of edits put into their photos, and of whole ones.
+
+    put_back, whole: of the same edits. The best single setting is known afterwards: the hardest to beat
+    """
+    found: list[Line] = []
+    ours, alone = {}, {}
+    for way, trials in (("", put_back), (", whole", whole)):
+        chosen, made = zip(*(follow(trial, config) for trial in trials), strict=True)
+        ours[way] = by_photo(chosen)
+        alone[way] = {rung: by_photo([trial.edits[rung][1] for trial in trials]) for rung in LADDER}
+        oracle = by_photo([any(mark for _, mark in trial.edits.values()) for trial in trials])
+        share = float(ours[way].mean() / oracle.mean())
+        found += [
+            Line(f"chosen{way}", "accepted", bootstrap(ours[way])),
+            Line(f"chosen{way}", "edits made", bootstrap(by_photo(made)), at_most=8),
+            Line(f"chosen{way}", "share of the best of all edits", Figure(share, share, share, len(trials)), 0.9),
+            Line(f"best of all edits{way}", "accepted", bootstrap(oracle)),
+            *(Line(f"alone {rung}{way}", "accepted", bootstrap(marks)) for rung, marks in alone[way].items()),
+        ]
+    for way, other in (("", ", whole"), ("", ""), (", whole", ", whole")):
+        best = max(alone[other], key=lambda rung: float(alone[other][rung].mean()))
+        name = f"chosen{way}, above the best single setting{other}"
+        bar = 0.10 if other else None  # where the photo is put back, less than that is left above a single setting
+        found.append(Line(name, f"accepted, {best}", paired(ours[way], alone[other][best]), at_least=bar))
+    return found
 
 
 def main() -> None:
@@ -157,6 +153,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", default="0/1", help="i/n: make every n-th photo's pictures from the i-th on")
     parser.add_argument("--numerics", default="exact")
+    parser.add_argument("--keep-outside", action=argparse.BooleanOptionalAction, default=True, help="to calibrate on")
     parser.add_argument("--work", type=Path, default=Path(".bench/choose"), help="where pictures are kept")
     parser.add_argument("--out", type=Path, help="append rows to this JSON-lines file")
     args = parser.parse_args()
@@ -174,23 +171,17 @@ def main() -> None:
             note_evidence(maker, pair)
             print(f"pair {pair}: {maker.edits.kind[pair]}", flush=True)
         return
-    trials = read_trials(maker, range(args.pairs))
     if args.part == "calibrate":
-        found = calibrate(trials, replace(editor.defaults.choose, **QUICK))
-        print(json.dumps(asdict(found), indent=2))
+        trials = read_trials(maker, range(args.pairs), args.keep_outside)
+        start = replace(editor.defaults.choose, **QUICK, keep_outside=args.keep_outside)
+        print(json.dumps(asdict(calibrate(trials, start)), indent=2))
         return
-    measured = lines(trials, editor.defaults.choose)
-    ours = by_photo(put_back(maker, trials, editor.defaults.choose))
-    best = next(line for line in measured if line.measure == "chosen above the best single setting")
-    alone = by_photo([trial.edits[best.part.removeprefix("accepted, ")][1] for trial in trials])
-    measured += [
-        Line("chosen, the photo put back outside", "accepted", bootstrap(ours)),
-        Line("chosen, the photo put back outside, above the best single setting", best.part, paired(ours, alone)),
-    ]
+    put_back, whole = (read_trials(maker, range(args.pairs), keep_outside) for keep_outside in (True, False))
+    measured = lines(put_back, whole, editor.defaults.choose)
     print(report.table(measured))
     if args.out:
         assert editor.model.scorer is not None
-        common = {"model": editor.fingerprint[:12], "pairs": len(trials), "seed": args.seed}
+        common = {"model": editor.fingerprint[:12], "pairs": len(whole), "seed": args.seed}
         common |= {"choose": asdict(editor.defaults.choose), "scorer": editor.model.scorer.name}
         report.write(measured, args.out, common | {"numerics": args.numerics}, {})
 

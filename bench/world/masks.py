@@ -23,8 +23,9 @@ from bench.world.grid import contact_sheet
 from bench.world.pairs import pairs_by_photo
 from bench.world.report import Line
 from bench.world.resample import clustered
-from forgedit import Edit, Editor, InputError
+from forgedit import Edit, Editor
 from forgedit.evaluate.world import accepted, mask_scores
+from forgedit.quality.choose import handed_out
 from forgedit.world.judge import JUDGE, Judge, load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import KINDS, Edits
@@ -67,11 +68,10 @@ def case_of(maker: Maker, judge: Judge, pair: int, setting: Setting, photo: int)
     found = to_pixels([mask.mask.convert("RGB")])
     covered = found[:, :1] > 0
     whole, kept, shown = score(judge, to_pixels([image]), source, true, one), None, torch.zeros_like(source)
-    try:
-        shown = to_pixels([edit.keep_outside(maker.photos[pair], mask)])
+    picture, refused = handed_out(edit, maker.photos[pair], mask)
+    if not refused:
+        shown = to_pixels([picture])
         kept = score(judge, shown, source, true, one)
-    except InputError:
-        pass  # refused, which is counted
     return Case(
         kind=edits.kind[pair],
         photo=photo,

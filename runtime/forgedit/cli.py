@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--delta", choices=DELTA_FORMATS, help=delta_help)
         if name == "edit":
             add_choose_flags(sub)
-            add_keep_flags(sub, with_session=True)
+        add_keep_flags(sub, with_session=True)
         add_flags(sub, kind)
         add_flags(sub, TuneConfig, prefix="tune_")
     sub = command("tune", "learn a photo and save it as a session")

@@ -320,6 +320,8 @@ class ChooseConfig:
     scheduler, num_steps: of the edits tried, None for the base edit's: a quick sampler finds as good an edit sooner
     least_margin: an edit agrees with the target if it is nearer to it than to the source by this, cosines of the scorer
     least_kept_db: a good edit's PSNR against the photo, outside where it changed it, at least
+    keep_outside: the photo is put back outside where an edit changed it, and what that gives is judged and handed out;
+        the whole edit where it changed nearly everything
     Thresholds belong to one scorer and one kind of photo: `forgedit calibrate` finds them.
     Raises: ValueError naming the field
     Source: the order is METHOD item 13's, of the method's authors' own choices
@@ -340,6 +342,7 @@ class ChooseConfig:
     at_once: int = 1
     least_margin: float = 0.0
     least_kept_db: float = 15.0
+    keep_outside: bool = True
     scheduler: str | None = None
     num_steps: int | None = None
 
@@ -353,6 +356,7 @@ class ChooseConfig:
             _number("budget_s", self.budget_s, 0.0)
         _number("least_margin", self.least_margin, -2.0, 2.0)
         _number("least_kept_db", self.least_kept_db, 0.0)
+        _require(isinstance(self.keep_outside, bool), "keep_outside", self.keep_outside, "True or False")
         if self.scheduler is not None:
             _choice("scheduler", self.scheduler, SCHEDULERS)
         if self.num_steps is not None:

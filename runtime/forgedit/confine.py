@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from forgedit.config import ChooseConfig
 from forgedit.errors import InputError
 from forgedit.quality.change_mask import ChangeMask, heat_picture
-from forgedit.quality.choose import Verdict, Witness
 from forgedit.quality.composite import check_share, fit_mask
 from forgedit.quality.metrics import psnr
+from forgedit.quality.report import psnr_to_original
 from forgedit.session import Edit, Session
 from forgedit.stages.encode import resize_photo
 from forgedit.stages.photo import composite_photo
@@ -29,13 +27,14 @@ class Keep:
 
     photo: as open_photo gives it; mask: the user's, or None for the one that is found
     feather: pixels of the photo, None for Edit.keep_outside's own
-    asked: the words of the command line, for the report: 'mask', 'rectangle', 'feather', 'photo', those that were given
+    asked: the words of the command line, for the report: 'mask', 'rectangle', 'feather', 'photo', those that were
+        given; None where nobody asked, and what cannot be kept is no failure
     """
 
     photo: Image.Image
     mask: ChangeMask | None
     feather: int | None
-    asked: dict[str, Any]
+    asked: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Delivery:
     """What a command's answer is, in files and in words.
 
     pictures: by file, all of the photo's size; told: entries of the report
-    not_kept: why the photo was not kept outside the mask, as was asked; '' if it was, or was not asked
+    not_kept: why the photo was not kept outside the mask, as was asked; '' if it was, or nobody asked
     """
 
     pictures: dict[str, Image.Image]
@@ -91,62 +90,41 @@ class Delivery:
 
 
 def deliver(
-    session: Session,
-    edit: Edit,
-    entry: dict[str, Any],
-    mask: ChangeMask | None,
-    keep: Keep | None,
-    choose: ChooseConfig | None,
+    session: Session, edit: Edit, entry: dict[str, Any], mask: ChangeMask | None, keep: Keep | None
 ) -> Delivery:
     """The edit as a command delivers it: whole, or put into its photo, beside the whole one.
 
     entry: the edit's, of the report; mask: keep's own, or the one found; None where none was found, as after an
         interrupt: nothing is put into the photo then
-    choose: what the edit was chosen by, None for nothing
-    Returns: told has 'the_edit' (its file and scores); 'change' if there is a mask; 'keep_outside' and 'warnings' if
-        there is something to keep
+    Returns: told has 'the_edit' (its file and scores); 'change' if there is a mask; 'keep_outside' if the photo was, or
+        should have been, kept; 'warnings' if it should have been and was not
     """
-    file = EDIT if keep is None else WHOLE
-    pictures = {file: edit.at_photo_size()}
-    the_edit = {"file": file} | {name: entry[name] for name in ("psnr_to_original", "scores") if name in entry}
-    told: dict[str, Any] = {"the_edit": the_edit}
     change = None if mask is None else Change.of(edit, mask, keep)
+    whole = edit.at_photo_size()
+    pictures: dict[str, Image.Image] = {}
+    told: dict[str, Any] = {}
+    scores: dict[str, Any] = {name: entry[name] for name in ("psnr_to_original", "scores") if name in entry}
     if change is not None:
         pictures |= change.pictures(session.photo_size or session.source.size)
         told["change"] = change.entry()
     if keep is None:
-        return Delivery(pictures, told, "")
-    told["keep_outside"] = keep.asked
-    if change is None or change.picture is None:
-        not_kept = "it was interrupted before it was found" if change is None else change.refused
-        told["warnings"] = [f"This is the whole edit. The photo was not kept outside the mask: {not_kept}."]
-        return Delivery(pictures, told, not_kept)
-    pictures[EDIT] = change.picture
-    scores, warnings = _score(session, edit.target, change.picture, change.mask, entry, choose)
-    told |= {"the_edit": {"file": EDIT, **scores}, "warnings": warnings}
-    return Delivery(pictures, told, "")
+        return Delivery({EDIT: whole, **pictures}, {**told, "the_edit": {"file": EDIT, **scores}}, "")
+    if change is not None and change.picture is not None:
+        if entry["file"] == WHOLE:  # then it tells of that one
+            scores = {"psnr_to_original": psnr_to_original(at_edited_size(change.picture, session), session)}
+        told |= {"the_edit": {"file": EDIT, **scores}, "keep_outside": keep.asked or {}}
+        return Delivery({EDIT: change.picture, WHOLE: whole, **pictures}, told, "")
+    not_kept = "it was interrupted before it was found" if change is None else change.refused
+    told["warnings"] = [f"This is the whole edit. The photo was not kept outside the mask: {not_kept}."]
+    if keep.asked is None:  # the best there is, and it says what it is
+        return Delivery({EDIT: whole, **pictures}, {**told, "the_edit": {"file": EDIT, **scores}}, "")
+    told |= {"the_edit": {"file": WHOLE, **scores}, "keep_outside": keep.asked}
+    return Delivery({WHOLE: whole, **pictures}, told, not_kept)
 
 
-def _score(
-    session: Session,
-    target: str,
-    picture: Image.Image,
-    mask: ChangeMask,
-    entry: dict[str, Any],
-    choose: ChooseConfig | None,
-) -> tuple[dict[str, Any], list[str]]:
-    """What describe_edit and the choice say of an edit, said of one put into its photo; and what is to be warned of."""
-    small = composite_photo(picture).resize(session.source.size, Image.Resampling.LANCZOS)
-    decibels, scorer = psnr(small, session.source), session.editor.model.scorer
-    scores: dict[str, Any] = {"psnr_to_original": decibels if math.isfinite(decibels) else None}
-    if choose is None or scorer is None:
-        return scores, []
-    (evidence,) = Witness(scorer, session.source, session.caption, target).see([small], [mask])
-    verdict = Verdict.of(evidence, choose)
-    scores["scores"] = asdict(evidence)
-    lost = not verdict.agrees and entry["scores"]["margin"] >= choose.least_margin
-    words = f"Put into the photo, the edit {verdict.rejected(choose)}; the whole edit, {WHOLE}, did show it."
-    return scores, [words] if lost else []
+def at_edited_size(picture: Image.Image, session: Session) -> Image.Image:
+    """A picture of the photo's size as the session's, RGB."""
+    return composite_photo(picture).resize(session.source.size, Image.Resampling.LANCZOS)
 
 
 def check_same_photo(session: Session, photo: Image.Image) -> None:

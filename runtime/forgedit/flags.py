@@ -47,8 +47,13 @@ def add_choose_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_keep_flags(parser: argparse.ArgumentParser, with_session: bool) -> None:
     """Of an edit outside which the photo stays as it is. with_session: whether the command takes one for a photo."""
-    group = parser.add_argument_group("the rest of the photo (each of the first three keeps its own bytes there)")
-    group.add_argument("--keep-outside", action="store_true", help="outside the mask that is found where it changed")
+    group = parser.add_argument_group("the rest of the photo (each of these keeps its own bytes there)")
+    group.add_argument(
+        "--keep-outside",
+        action=argparse.BooleanOptionalAction,
+        help="outside the mask that is found where it changed; left out: only an edit found by itself, or the demo's, "
+        "keeps it, and is whole where nearly everything changed",
+    )
     group.add_argument(
         "--mask", metavar="FILE", type=Path, help="outside yours: a picture, black where the photo stays, else white"
     )

@@ -78,36 +78,53 @@ def check_job(args: argparse.Namespace) -> Job:
     return job
 
 
-def check_settings(job: Job, args: argparse.Namespace, editor: Editor) -> tuple[TuneConfig, list[EditConfig]]:
-    """The tune's settings and each edit's, from the model's recommended ones and the flags. Raises: InputError."""
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a job.
+
+    ladder: edits that are tried in turn until one is good enough; others: edits that are all made, after those
+    """
+
+    tune: TuneConfig
+    ladder: tuple[EditConfig, ...] = ()
+    others: tuple[EditConfig, ...] = ()
+
+    @property
+    def edits(self) -> tuple[EditConfig, ...]:
+        return self.ladder + self.others
+
+
+def check_settings(job: Job, args: argparse.Namespace, editor: Editor, choose: ChooseConfig | None) -> Plan:
+    """From the model's recommended settings and the flags. choose: see choosing. Raises: InputError."""
     tune_config = changed(args, editor.defaults.tune)
     if editor.model.captioner is None and tune_config.caption is None and job.photo is not None:
         if job.caption is None:
             raise InputError("this model has no captioner; say what the photo shows with --caption")
         tune_config = tune_config.replace(caption=job.caption)
-    configs: list[EditConfig] = []
-    if args.command == "edit":
-        base, choose = changed(args, editor.defaults.edit), choosing(args, editor)
-        configs = [base] if choose is None else rungs(choose, base)
-    elif args.command == "sweep":
-        configs = changed(args, editor.defaults.sweep).edits()
-    elif args.command == "demo":
-        configs = list(dict.fromkeys([*editor.defaults.sweep.edits(), editor.defaults.edit]))
+    plan = Plan(tune_config)
+    if args.command in ("edit", "demo"):
+        base = changed(args, editor.defaults.edit)
+        plan = Plan(tune_config, others=(base,)) if choose is None else Plan(tune_config, tuple(rungs(choose, base)))
+    if args.command in ("sweep", "demo"):
+        grid = changed(args, editor.defaults.sweep).edits()
+        plan = replace(plan, others=tuple(dict.fromkeys([*grid, *plan.others])))
     if job.photo is not None:
         try:
             trained = trainable_names([name for name, _ in editor.model.unet.named_parameters()], tune_config.profile)
         except ValueError as error:
             raise InputError(str(error)) from error
-        check_edits(configs, trained, editor)
-    return tune_config, configs
+        check_edits(plan.edits, trained, editor)
+    return plan
 
 
 def choosing(args: argparse.Namespace, editor: Editor) -> ChooseConfig | None:
-    """What this command's edits are scored and chosen by; None where one edit was asked for, or there is no scorer.
+    """What a command's edits are scored and chosen by; None without edits or a scorer, or where one was asked for.
 
     Raises: InputError for settings of a choice where there is none, or a calibration that does not fit; ModelError if
         the scorer cannot be read
     """
+    if args.command not in ("edit", "sweep", "demo"):
+        return None
     settings = {"budget_s": "budget", "max_edits": "max_edits", "calibration": "calibration"}
     asked = {field: value for field, name in settings.items() if (value := getattr(args, name, None)) is not None}
     named = [name for name in given(args, EditConfig) if name in KNOBS] if args.command == "edit" else []
@@ -131,7 +148,20 @@ def choosing(args: argparse.Namespace, editor: Editor) -> ChooseConfig | None:
         raise InputError(str(error)) from error
 
 
-def check_edits(configs: list[EditConfig], trained: Iterable[str], editor: Editor) -> None:
+def settle_keep(job: Job, args: argparse.Namespace, choose: ChooseConfig | None) -> tuple[Job, ChooseConfig | None]:
+    """Whether the rest of the photo is kept: as the flags say, else as `choose` does where an edit is found by itself.
+
+    A sweep is whole if nothing is said of it, as it is there to be looked at; so is a session's edit without its photo.
+    """
+    if choose is None:
+        return job, None
+    if job.keep is None and choose.keep_outside and args.keep_outside is None and args.command != "sweep":
+        if job.photo is not None:
+            job = replace(job, keep=Keep(job.photo, None, None, None))
+    return job, replace(choose, keep_outside=job.keep is not None)
+
+
+def check_edits(configs: Iterable[EditConfig], trained: Iterable[str], editor: Editor) -> None:
     """What an edit would refuse after the tune, seen before it. Raises: InputError."""
     names = list(trained)
     for config in configs:
@@ -160,15 +190,13 @@ def _demo(args: argparse.Namespace) -> Job:
 
 
 def _keep(args: argparse.Namespace, job: Job) -> Keep | None:
-    """What stays of the photo, None if nothing was said of it. Raises: InputError."""
+    """What is asked to stay of the photo, None if nothing was said of it, or nothing is to. Raises: InputError."""
     names = {"mask": "mask", "rectangle": "rectangle", "feather": "feather", "photo": "learned_photo"}
     asked = {name: value for name, field in names.items() if (value := getattr(args, field, None)) is not None}
-    if not (getattr(args, "keep_outside", False) or "mask" in asked or "rectangle" in asked):
-        if asked:
-            raise InputError(
-                f"--{next(iter(asked))} is for an edit that keeps the rest of the photo; say what may change with "
-                "--keep-outside, --mask or --rectangle"
-            )
+    wished = getattr(args, "keep_outside", None)
+    if wished is False and asked:
+        raise InputError(f"--{next(iter(asked))} keeps the rest of the photo, --no-keep-outside does not; take one")
+    if not (wished or asked):
         return None
     if "mask" in asked and "rectangle" in asked:
         raise InputError("--mask and --rectangle both say what may change; take one")

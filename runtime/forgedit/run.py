@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from PIL import Image
 from forgedit.atomic import write_atomic
 from forgedit.background import Background
 from forgedit.config import ChooseConfig, EditConfig
-from forgedit.confine import EDIT, HEAT, MASK, WHOLE, check_same_photo, deliver
+from forgedit.confine import EDIT, HEAT, MASK, WHOLE, Change, Keep, check_same_photo, deliver
 from forgedit.console import Console, table
 from forgedit.editor import Editor
 from forgedit.flags import changed
-from forgedit.job import Job, check_edits, check_settings, choosing
+from forgedit.job import Job, Plan, check_edits, check_settings, choosing, settle_keep
 from forgedit.progress import OnStep, StepEvent
 from forgedit.quality.change_mask import ChangeMask
-from forgedit.quality.choose import Candidate, Verdict, Witness, climb, decide
+from forgedit.quality.choose import Candidate, Witness, climb, decide, handed_out, judge
 from forgedit.quality.contact_sheet import contact_sheet, strength
 from forgedit.quality.page import write_page
 from forgedit.quality.page_of_run import page_of_run, repeat_command
@@ -37,21 +38,35 @@ from forgedit.stages.photo import restore_size
 
 RULE = "the setting the model folder recommends; no score chose it"
 ASKED = "the one edit that was asked for"
+SHEET = "contact_sheet.png"
 OWN_FILES = (
-    *("original.png", EDIT, WHOLE, MASK, HEAT, "contact_sheet.png", "report.json", "page.html"),
+    *("original.png", EDIT, WHOLE, MASK, HEAT, SHEET, "report.json", "page.html"),
     *("sweep/[0-9]*-*.png", "tried/[0-9]*-*.png"),
 )
-
-_Scored = tuple[Edit, Candidate | None]
 
 
 @dataclass(frozen=True)
 class _Made:
-    """An edit as it was written. entry: its part of the report; candidate: None where nothing scored it."""
+    """One edit on its way to the files.
+
+    folder: its picture lies in; '' for the run's only one, which is written whole before anything is known of it
+    mask: where it changed the photo; candidate: None where nothing scored it
+    entry: its part of the report, once its picture was written
+    """
 
     edit: Edit
-    entry: dict[str, Any]
-    candidate: Candidate | None
+    folder: str
+    mask: ChangeMask | None = None
+    candidate: Candidate | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
+
+    def picture(self, session: Session, keep: Keep | None) -> Image.Image:
+        """What its file shows, at the edited size."""
+        if self.candidate is not None:
+            return self.candidate.picture
+        if keep is None or self.mask is None or not self.folder:
+            return self.edit.image
+        return handed_out(self.edit, session.source, self.mask)[0]
 
 
 def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console, load_seconds: float) -> int:
@@ -60,12 +75,12 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
     Returns: 0; 1 if the photo could not be kept outside the mask found, as was asked; 130 if interrupted
     Raises: InputError, SessionError before anything is written; TuneDiverged, RuntimeError, OSError
     """
-    tune_config, configs = check_settings(job, args, editor)
-    choose = choosing(args, editor) if configs else None
-    automatic = args.command == "edit" and choose is not None
+    choose = choosing(args, editor)
+    plan = check_settings(job, args, editor, choose)
+    job, choose = settle_keep(job, args, choose)
     session: Session | None = None
-    mask = None if job.keep is None else job.keep.mask
     seconds = {"load": load_seconds}
+    mask: ChangeMask | None = None
     not_kept = ""
     noted: list[_Made] = []
     kept: list[str] = []
@@ -75,9 +90,9 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             session = editor.load_session(job.path)
             if job.keep is not None:
                 check_same_photo(session, job.keep.photo)
-            check_edits(configs, session.tuned, editor)
+            check_edits(plan.edits, session.tuned, editor)
         else:
-            session = editor.tune(job.photo, tune_config, console.step, target=job.target)
+            session = editor.tune(job.photo, plan.tune, console.step, target=job.target)
             how = f"{session.seconds['tune']:.1f} s ({session.way})"
             console.text(f"tuned {len(session.losses)} steps in {how}: {session.caption!r}")
         if job.save is not None:
@@ -87,32 +102,27 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             console.event("session", **asdict(saved) | {"path": str(job.save)})
             error = f"relative error of the delta {saved.relative_error:.2g}"
             console.text(f"session: {job.save}, {saved.delta}, {saved.num_bytes:,} bytes, {error}")
-        console.count(0, len(configs))
+        console.count(0, len(plan.edits))
         with Background() as background:
 
             def on_step(event: StepEvent) -> None:
                 background.check()  # a full disk ends the edits, not only their pictures
                 console.step(event)
 
-            folder = {"edit": "tried" if automatic else ""}.get(args.command, "sweep")
-            alone = EDIT if job.keep is None else WHOLE
-            if automatic and choose is not None:
-                base, scorer = changed(args, editor.defaults.edit), editor.model.scorer
-                climbed = climb(session, job.target, choose, base, scorer, on_step)
-                finished: Iterator[_Scored] = ((candidate.edit, candidate) for candidate in climbed)
-            else:
-                finished = _scored(session, job.target, configs, choose, on_step) if configs else iter(())
-            for index, (edit, candidate) in enumerate(finished):
-                console.count(index + 1, len(configs))
-                if index == 0:
+            in_folder: Counter[str] = Counter()
+            for made in _edits(job, args, session, plan, choose, on_step):
+                if not in_folder:
                     background.do(partial(_begin, job, session))
-                name = f"{folder}/{index:02d}-{_slug(edit.config)}.png" if folder else alone
-                background.do(partial(_write_edit, job, session, name, edit, candidate, choose, noted, console))
-        answer = _delivered(args.command, noted, choose, editor.defaults.edit)
-        if answer is not None and mask is None and args.command != "sweep":
+                name = f"{made.folder}/{in_folder[made.folder]:02d}-{_slug(made.edit.config)}.png"
+                if not made.folder:
+                    name = EDIT if job.keep is None else WHOLE
+                in_folder[made.folder] += 1
+                console.count(in_folder.total(), len(plan.edits))
+                background.do(partial(_write_edit, job, session, name, made, choose, noted, console))
+        answer = _answer(args.command, noted, choose, editor.defaults.edit)
+        if answer is not None:
             begin = time.perf_counter()
-            scored = answer[0].candidate
-            mask = session.change_mask(answer[0].edit) if scored is None else scored.mask
+            mask = answer[0].mask or session.change_mask(answer[0].edit)
             seconds["mask"] = time.perf_counter() - begin
     except KeyboardInterrupt:
         interrupted = True
@@ -129,7 +139,7 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
             kept.append(f"{job.out}, perhaps without its report")
     if interrupted:
         console.error(
-            f"interrupted; {len(edits)} of {len(configs)} edits finished; kept: {', '.join(kept) or 'nothing'}"
+            f"interrupted; {len(edits)} of {len(plan.edits)} edits finished; kept: {', '.join(kept) or 'nothing'}"
         )
         return 130
     if not_kept:
@@ -139,40 +149,55 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
     return 0
 
 
-def _scored(
-    session: Session, target: str, configs: Sequence[EditConfig], choose: ChooseConfig | None, on_step: OnStep
-) -> Iterator[_Scored]:
-    """Every edit, as a candidate too where there is something to choose by."""
-    scorer, witness = session.editor.model.scorer if choose else None, None
-    for edit in session.editor.edits(session, target, configs, on_step):
-        if choose is None or scorer is None:
-            yield edit, None
+def _edits(
+    job: Job, args: argparse.Namespace, session: Session, plan: Plan, choose: ChooseConfig | None, on_step: OnStep
+) -> Iterator[_Made]:
+    """Every edit as it is made: up the ladder until one is good, then the others."""
+    editor, scorer = session.editor, session.editor.model.scorer
+    given = None if job.keep is None else job.keep.mask
+    climbed = []
+    if choose is not None and plan.ladder:
+        base = changed(args, editor.defaults.edit)
+        for candidate in climb(session, job.target, choose, base, scorer, on_step, None, given):
+            climbed.append(candidate.edit.config)
+            yield _Made(candidate.edit, "tried", candidate.mask, candidate)
+    folder = "" if args.command == "edit" else "sweep"
+    others, witness = [config for config in plan.others if config not in climbed], None
+    for edit in editor.edits(session, job.target, others, on_step) if others else ():
+        mask = given
+        if mask is None and folder and (choose is not None or job.keep is not None):
+            mask = session.change_mask(edit)
+        if choose is None or scorer is None or mask is None:
+            yield _Made(edit, folder, mask)
             continue
-        witness = witness or Witness(scorer, session.source, session.caption, target)
-        mask = session.change_mask(edit)
-        (evidence,) = witness.see([edit.image], [mask])
-        yield edit, Candidate(edit, Verdict.of(evidence, choose), mask)
+        witness = witness or Witness(scorer, session.source, session.caption, job.target)
+        (candidate,) = judge(witness, [edit], [mask], choose)
+        yield _Made(edit, folder, mask, candidate)
 
 
 def _write_edit(
     job: Job,
     session: Session,
     name: str,
-    edit: Edit,
-    candidate: Candidate | None,
+    made: _Made,
     choose: ChooseConfig | None,
     noted: list[_Made],
     console: Console,
 ) -> None:
     """Note the edit, write its picture, and tell of it."""
     assert job.out is not None
-    entry = describe_edit(edit, session, name)
-    if candidate is not None and choose is not None:
-        verdict = candidate.verdict
+    entry = describe_edit(made.edit, session, name, made.picture(session, job.keep))
+    if made.candidate is not None and choose is not None:
+        verdict = made.candidate.verdict
         entry |= {"scores": asdict(verdict.evidence), "rejected": verdict.rejected(choose)}
-        entry["share_changed"] = candidate.mask.share
-    noted.append(_Made(edit, entry, candidate))
-    _save(edit.at_photo_size(), job.out / name)
+        entry["share_changed"] = made.candidate.mask.share
+    picture = made.edit.at_photo_size()
+    if job.keep is not None and made.folder and made.mask is not None:
+        change = Change.of(made.edit, made.mask, job.keep)
+        entry["is_kept"] = change.picture is not None
+        picture = change.picture or picture
+    noted.append(replace(made, entry=entry))
+    _save(picture, job.out / name)
     console.event("edit", path=str(job.out / name), **entry)
 
 
@@ -197,14 +222,18 @@ def _save(image: Image.Image, path: Path) -> None:
     write_atomic(path, lambda file: image.save(file, "PNG"))
 
 
-def _delivered(
+def _answer(
     command: str, edits: Sequence[_Made], choose: ChooseConfig | None, recommended: EditConfig
 ) -> tuple[_Made, str] | None:
-    """The edit that is the run's answer, and why; None where nothing chose one."""
-    scored = [made.candidate for made in edits if made.candidate is not None]
+    """The edit that is the run's answer, and why; None where nothing chose one.
+
+    A ladder's if one was climbed: what was made beside it is there to be looked at.
+    """
+    scored = [made for made in edits if made.candidate is not None]
+    scored = [made for made in scored if made.folder == "tried"] or scored
     if choose is not None and scored:
-        choice = decide(scored, choose)
-        return next((made, choice.reason) for made in edits if made.candidate is choice.chosen)
+        choice = decide([made.candidate for made in scored if made.candidate is not None], choose)
+        return next((made, choice.reason) for made in scored if made.candidate is choice.chosen)
     if command == "edit" and edits:
         return edits[0], ASKED
     if command != "demo":
@@ -228,23 +257,27 @@ def _finish(
     mask: of the edit that is delivered, see deliver
     """
     assert job.out is not None
-    answer, chosen, not_kept = _delivered(command, edits, choose, session.editor.defaults.edit), None, ""
+    answer, chosen, not_kept = _answer(command, edits, choose, session.editor.defaults.edit), None, ""
     if answer is not None:
         made, rule = answer
-        delivery = deliver(session, made.edit, made.entry, mask, job.keep, choose)
+        delivery = deliver(session, made.edit, made.entry, mask or made.mask, job.keep)
         for name, picture in delivery.pictures.items():
             if name != made.entry["file"]:
                 _save(picture, job.out / name)
         more, not_kept = more | delivery.told, delivery.not_kept
         more["the_edit"] |= {"settings": asdict(made.edit.config), "rule": rule}
-        chosen = None if rule == ASKED else made.edit
+        chosen = None if rule == ASKED else made
+    elif job.keep is not None:  # a sweep that nothing scored
+        more = more | {"keep_outside": job.keep.asked}
     scorer = session.editor.model.scorer if choose is not None else None
     if choose is not None and scorer is not None:
         more = more | {"choose": {"scorer": scorer.name, **asdict(choose)}}
-    if len(edits) > 1 or command != "edit":
-        pictures = [made.edit for made in edits]
-        sheet = contact_sheet(pictures, session.source, session.caption, job.target, chosen)
-        _save(sheet, job.out / "contact_sheet.png")
+    sheet = [made for made in edits if command != "demo" or made.folder == "sweep"] or edits
+    if len(sheet) > 1 or command != "edit":
+        shown = {id(made): replace(made.edit, image=made.picture(session, job.keep)) for made in edits}
+        framed = None if chosen is None else shown[id(chosen)]
+        pictures = [shown[id(made)] for made in sheet]
+        _save(contact_sheet(pictures, session.source, session.caption, job.target, framed), job.out / SHEET)
     report = make_report(session, job.target, [made.entry for made in edits], **more)
     path = job.out / "report.json"
     write_report(report, path)
@@ -254,7 +287,7 @@ def _finish(
     return not_kept
 
 
-def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | None, console: Console) -> None:
+def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: _Made | None, console: Console) -> None:
     """What was made, as a table, and where it is."""
     assert job.out is not None
     header = ["strategy", "strength", "seed", "PSNR to original", "time", "file"]
@@ -265,7 +298,7 @@ def _tell(job: Job, report: dict[str, Any], edits: list[_Made], chosen: Edit | N
     for made in edits:
         decibels, config = made.entry["psnr_to_original"], made.edit.config
         distance = "equal" if decibels is None else f"{decibels:.1f} dB"
-        seconds, mark = f"{sum(made.edit.seconds.values()):.1f} s", " <- the edit" if made.edit is chosen else ""
+        seconds, mark = f"{sum(made.edit.seconds.values()):.1f} s", " <- the edit" if made is chosen else ""
         row = [config.strategy, strength(config), str(config.seed), distance, seconds, made.entry["file"] + mark]
         if scored and made.candidate is not None:
             row.insert(3, f"{made.candidate.verdict.evidence.margin:+.3f}")

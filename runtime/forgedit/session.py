@@ -164,16 +164,19 @@ class Session:
         base: EditConfig | None = None,
         on_step: OnStep = None,
         cancel: threading.Event | None = None,
+        mask: ChangeMask | None = None,
     ) -> Choice:
         """Find an edit towards the target prompt without anybody's eye: see quality.choose.
 
         config: the ladder and what is good enough; None takes the editor's defaults.choose
         base: what the ladder leaves open, such as guidance_scale; None takes defaults.edit
+        mask: where the photo may change, of ChangeMask.given; None has it found for each edit
         target, on_step, cancel, Raises: as in edit; ModelError if the model has no scorer
         """
         defaults, scorer = self.editor.defaults, self.editor.model.scorer
         config = config or defaults.choose
-        return decide(list(climb(self, target, config, base or defaults.edit, scorer, on_step, cancel)), config)
+        candidates = climb(self, target, config, base or defaults.edit, scorer, on_step, cancel, mask)
+        return decide(list(candidates), config)
 
     def change_mask(self, edit: Edit) -> ChangeMask:
         """Where one of this session's edits changed the photo, for Edit.keep_outside. See Editor.change_mask"""

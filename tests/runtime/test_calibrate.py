@@ -134,7 +134,7 @@ def test_a_profile_is_read_again_and_others_are_refused(tmp_path):
     profile = json.loads(path.read_text())
     assert profile["check"]["held_out"] == 15
     for change, message in (
-        ({"version": 1}, "has version 1, this program reads 2"),
+        ({"version": 1}, "has version 1, this program reads 3"),
         ({"format": "other"}, "is no profile"),
         ({"choose": {"ladder": []}}, "malformed"),
         ({"choose": {"nix": 1}}, "malformed"),
@@ -180,11 +180,22 @@ def sweeps(tmp_path):
 def test_marked_sweeps_are_read(sweeps):
     marked = read_marked(sweeps, ColourScorer())
     found = marked.trials
-    assert (marked.scheduler, marked.num_steps) == ("unipc", 20)
+    assert (marked.scheduler, marked.num_steps, marked.keep_outside) == ("unipc", 20, False)
     assert [trial.name for trial in found] == [f"photo-{index}" for index in range(10)]
     (unchanged, rejected), (blue, accepted) = found[0].edits["none:1"], found[0].edits["none:1.4"]
     assert (rejected, accepted) == (False, True)
     assert (unchanged.kept_db, blue.kept_db) == (100.0, 50.0) and unchanged.margin < 0 < blue.margin
+
+
+def test_whole_edits_and_those_put_back_are_told_apart(sweeps):
+    """Thresholds belong to what was looked at: a profile of sweeps with --keep-outside keeps the rest, another not."""
+    for index, place in enumerate(sorted(sweeps.iterdir())):
+        path = place / "report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"keep_outside": {}}))
+        if index == 4:
+            with pytest.raises(InputError, match="put back into their photos; unipc in 20 steps, whole|whole; unipc"):
+                read_marked(sweeps, ColourScorer())
+    assert read_marked(sweeps, ColourScorer()).keep_outside
 
 
 def change_entries(place, **changes):
@@ -203,7 +214,7 @@ def change_entries(place, **changes):
         ({"share_changed": None}, "does not say what 'sweep/00-x.png' kept .* sweep again"),
         ({"scores": None}, "no report of a sweep: KeyError"),
         ({"scores": {"kept_db": "much"}}, "no report of a sweep: ValueError"),
-        ({"settings": {}}, "were made by ddim in 50 steps, unipc in 20 steps; expected one"),
+        ({"settings": {}}, "were made by ddim in 50 steps, whole; unipc in 20 steps, whole; expected one"),
     ],
 )
 def test_evidence_that_is_not_there_is_missed(sweeps, changes, message):

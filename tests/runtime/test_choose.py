@@ -138,7 +138,49 @@ def test_a_climb_finds_where_each_edit_changed():
     where = left_of(16 - 1)
     choice = climbed(session(RED, BLUE, mask=where))
     assert [candidate.mask for candidate in choice.candidates] == [where] * 2
-    assert choice.chosen.verdict.evidence.kept_db == kept(choice.chosen.edit.image, PHOTO, where)
+    chosen = choice.chosen
+    assert chosen.verdict.evidence.kept_db == kept(chosen.picture, PHOTO, where) == 100.0
+    whole = climbed(session(RED, BLUE, mask=where), keep_outside=False).chosen
+    assert whole.verdict.evidence.kept_db == kept(whole.edit.image, PHOTO, where) < 15
+    assert (chosen.is_kept, whole.is_kept, whole.picture) == (True, False, whole.edit.image)
+
+
+def test_what_is_handed_out_is_judged():
+    """Blue in a sliver only is no blue square any more: the climb goes on to where the mask is large enough."""
+    masks = iter([left_of(2), left_of(14), left_of(14)])
+    found = session(BLUE, BLUE, BLUE)
+    found.editor.change_mask = lambda *_: next(masks)
+    choice = climbed(found)
+    assert [candidate.verdict.agrees for candidate in choice.candidates] == [False, True]
+    assert choice.chosen.picture.getpixel((0, 0)) == BLUE and choice.chosen.picture.getpixel((15, 0)) == RED
+    assert "the photo put back elsewhere" in choice.reason
+    assert len(climbed(session(BLUE, mask=left_of(2)), keep_outside=False).candidates) == 1
+
+
+def test_where_nearly_everything_changed_the_edit_is_whole():
+    choice = climbed(session(BLUE, BLUE, BLUE, BLUE, mask=left_of(16)), least_kept_db=40.0)
+    chosen = choice.chosen
+    assert chosen.picture is chosen.edit.image and not chosen.is_kept and "covers 100.0%" in chosen.refused
+    assert not chosen.verdict.good and len(choice.candidates) == 4 and "none kept 40 dB" in choice.reason
+
+
+def test_a_mask_of_ones_own_is_not_sought():
+    found = session(BLUE)
+    found.editor.change_mask = lambda *_: pytest.fail("sought")
+    config, given = ChooseConfig(ladder=LADDER, least_margin=0.1), left_of(12)
+    (candidate,) = climb(found, TARGET, config, EditConfig(), ColourScorer(), mask=given)
+    assert candidate.mask is given and candidate.is_kept
+    photo = PHOTO.resize((32, 32))
+    edit = replace(candidate.edit, photo_size=(32, 32))
+    shown = replace(candidate, edit=edit).at_photo_size(photo)
+    assert shown.size == (32, 32) and shown.getpixel((31, 0)) == RED and shown.getpixel((0, 0)) == BLUE
+    assert replace(candidate, edit=edit, is_kept=False).at_photo_size(photo).getpixel((31, 0)) == BLUE
+
+
+def test_of_good_ones_that_kept_alike_the_most_agreeing_wins():
+    choice = climbed(session(PURPLE, BLUE, mask=left_of(12)), at_once=2, least_margin=-1.0)
+    assert [candidate.verdict.good for candidate in choice.candidates] == [True, True]
+    assert choice.chosen is choice.candidates[1] and "best of those" in choice.reason
 
 
 def test_where_none_agrees_the_nearest_wins_though_it_kept_less():
@@ -218,6 +260,7 @@ def test_a_rung_of_an_unknown_strategy_names_those_there_are():
         {"budget_s": -1.0},
         {"least_margin": 3.0},
         {"least_kept_db": -1.0},
+        {"keep_outside": 1},
     ],
 )
 def test_a_bad_setting_is_named(bad):

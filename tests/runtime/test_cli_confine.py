@@ -162,7 +162,7 @@ def test_a_demo_keeps_the_rest(run, finds, photo, tmp_path):
     check_kept(out, Image.open(photo), fit_mask(ChangeMask.found(blob(16, 48)).mask, (60, 30)))
     report = report_of(out)
     (chosen,) = [edit["file"] for edit in report["edits"] if edit["settings"] == report["the_edit"]["settings"]]
-    assert (out / chosen).read_bytes() == (out / "edit_whole.png").read_bytes()
+    assert (out / chosen).read_bytes() == (out / "edit.png").read_bytes() != (out / "edit_whole.png").read_bytes()
     assert page_of_run(report, out).sweep[page_of_run(report, out).chosen].picture == out / chosen
 
 
@@ -170,25 +170,25 @@ def test_a_chosen_edit_is_scored_as_it_is_delivered(run, photo, finds, tmp_path,
     monkeypatch.setattr("forgedit.model.Model.scorer", ColourScorer(), raising=False)
     monkeypatch.setattr("forgedit.run.choosing", lambda *_: ChooseConfig(least_margin=-1e-4, max_edits=1))
     finds(blob)
-    words = ("edit", photo, "a blue square", "--caption", "a red square", "--out", "o", "--keep-outside")
-    assert run(*words)[0] == 0
-    out = tmp_path / "work/o"
-    report = report_of(out)
-    (entry,) = report["edits"]
-    assert entry["file"].startswith("tried/") and (out / "edit_whole.png").is_file()
-    kept, whole = report["the_edit"]["scores"], entry["scores"]
-    assert kept["kept_db"] > whole["kept_db"] and kept["margin"] != whole["margin"]
-    assert page_of_run(report, out).edit.scores == kept
-    lost = kept["margin"] < -1e-4 <= whole["margin"]
-    assert [("no longer" in words or "does not show" in words) for words in report["warnings"]] == [True] * lost
+    words = ("edit", photo, "a blue square", "--caption", "a red square", "--out", "o")
+    scores = {}
+    for ways in (["--keep-outside"], ["--no-keep-outside"]):
+        assert run(*words, *ways)[0] == 0
+        report = report_of(tmp_path / "work/o")
+        (entry,) = report["edits"]
+        assert entry["file"].startswith("tried/") and "warnings" not in report
+        assert report["the_edit"]["scores"] == page_of_run(report, tmp_path / "work/o").edit.scores == entry["scores"]
+        scores[ways[0]] = entry["scores"]
+    kept, whole = scores.values()
+    assert kept["kept_db"] == 100 > whole["kept_db"] and kept["margin"] != whole["margin"]
 
 
 REFUSED = {
     "two shapes": (["PHOTO", "--mask", "MASK", "--rectangle", "1,1,9,9"], "--mask and --rectangle both"),
-    "a feather of nothing": (["PHOTO", "--feather", "3"], "--feather is for an edit that keeps the rest"),
+    "a feather of nothing": (["PHOTO", "--feather", "3", "--no-keep-outside"], "--feather keeps the rest of the photo"),
     "a negative feather": (["PHOTO", "--keep-outside", "--feather", "-1"], "--feather -1 is out of range"),
     "a photo for a photo": (["PHOTO", "--keep-outside", "--photo", "PHOTO"], "goes with a session"),
-    "a photo for nothing": (["SESSION", "--photo", "PHOTO"], "--photo is for an edit that keeps the rest"),
+    "a photo for nothing": (["SESSION", "--photo", "PHOTO", "--no-keep-outside"], "--photo keeps the rest"),
     "a session alone": (["SESSION", "--keep-outside"], "give the photo itself with --photo FILE"),
     "a session's rectangle alone": (["SESSION", "--rectangle", "1,1,9,9"], "give the photo itself with --photo FILE"),
     "another photo by size": (["SESSION", "--keep-outside", "--photo", "LARGER"], "--photo has 90 by 45 pixels"),
@@ -260,8 +260,3 @@ def test_interrupted_while_the_kept_edit_is_written(run, session_file, photo, fi
     code, _, err = run("edit", session_file, "a dog", "--out", "o", "--keep-outside", "--photo", photo)
     assert code == 130 and "perhaps without its report" in err
     assert "edit_whole.png" in files(tmp_path / "work/o") and name not in files(tmp_path / "work/o")
-
-
-def test_a_sweep_has_no_such_flags(run, photo):
-    code, _, err = run("sweep", photo, "a dog", "--keep-outside")
-    assert code == 2 and "--keep-outside" in err

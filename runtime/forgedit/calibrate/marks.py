@@ -26,11 +26,12 @@ SIDES = 11, 8192  # pixels: SSIM's window, and more than edited pictures have
 
 @dataclass(frozen=True)
 class Marked:
-    """scheduler, num_steps: of all marked edits, and so what their thresholds hold for."""
+    """scheduler, num_steps, keep_outside: of all marked edits, and so what their thresholds hold for."""
 
     trials: list[Trial]
     scheduler: str
     num_steps: int
+    keep_outside: bool
 
 
 def read_marked(folder: Path, scorer: Scorer) -> Marked:
@@ -51,13 +52,16 @@ def read_marked(folder: Path, scorer: Scorer) -> Marked:
         trials.append(trial)
         samplers |= found
     if len(samplers) > 1:
-        several = ", ".join(f"{scheduler} in {steps} steps" for scheduler, steps in sorted(samplers))
-        raise InputError(f"the marked edits were made by {several}; expected one, as thresholds belong to it")
+        several = "; ".join(
+            f"{scheduler} in {steps} steps, {'put back into their photos' if kept else 'whole'}"
+            for scheduler, steps, kept in sorted(samplers)
+        )
+        raise InputError(f"the marked edits were made by {several}; expected one way, as thresholds belong to it")
     return Marked(trials, *samplers.pop())
 
 
-def _read_trial(place: Path, scorer: Scorer) -> tuple[Trial, set[tuple[str, int]]]:
-    """The trial, and every (scheduler, num_steps) of its marked edits."""
+def _read_trial(place: Path, scorer: Scorer) -> tuple[Trial, set[tuple[str, int, bool]]]:
+    """The trial, and every (scheduler, num_steps, keep_outside) of its marked edits."""
     marks, report = (_read(place / name) for name in ("marks.json", "report.json"))
     try:
         settings = {str(entry["file"]): EditConfig(**entry["settings"]) for entry in report["edits"]}
@@ -86,7 +90,8 @@ def _read_trial(place: Path, scorer: Scorer) -> tuple[Trial, set[tuple[str, int]
                 "scored, or by an earlier version; sweep again, with a scorer"
             )
         edits[format_rung(settings[file])] = replace(seen, kept_db=kept_db), mark
-    return Trial(place.name, edits), {(settings[file].scheduler, settings[file].num_steps) for file in marks}
+    keep = "keep_outside" in report
+    return Trial(place.name, edits), {(settings[file].scheduler, settings[file].num_steps, keep) for file in marks}
 
 
 def _kept_db(entry: dict[str, Any]) -> float | None:

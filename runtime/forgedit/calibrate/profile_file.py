@@ -12,7 +12,7 @@ from forgedit.calibrate.search import Calibration
 from forgedit.config import ChooseConfig
 from forgedit.errors import InputError
 
-VERSION = 2  # since 2 what was kept is measured outside where an edit changed the photo
+VERSION = 3  # since 3 it says whether edits are put back into their photo, as those were that it was found on
 
 
 def write_profile(calibration: Calibration, scorer: str, path: Path) -> None:

@@ -31,14 +31,15 @@ from forgedit.quality.report import peak_bytes
 from forgedit.session import Edit, Session
 
 OWN_WAYS = ("recommended", "auto")
-FIELDS_SINCE = 4  # counts up with what rows hold and mean, so that unequal ones never stand in one file
+FIELDS_SINCE = 5  # counts up with what rows hold and mean, so that unequal ones never stand in one file
 
 Truth = Callable[[int, Image.Image, ChangeMask | None], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of editing. making: None chooses among edits (Session.choose); strategy: None keeps the model's own."""
+    """One way of editing. making: None chooses among edits, which by the model's defaults are put back
+    into their photo (Session.choose); strategy: None keeps the model's own."""
 
     name: str
     learning: Learning
@@ -139,16 +140,29 @@ def run_protocol(protocol: Protocol, editor: Editor, path: Path, on_step: OnStep
                 yield row
 
 
-def _make(way: Way, session: Session, target: str, config: EditConfig, on_step: OnStep) -> tuple[Edit, int]:
-    """The edit, a baseline's picture as one without latents, and how many were made for it."""
+@dataclass(frozen=True)
+class _Made:
+    """What a way hands out. mask: where it changed the photo, if that is known by then; edits: made for it"""
+
+    edit: Edit
+    picture: Image.Image
+    mask: ChangeMask | None = None
+    edits: int = 1
+
+
+def _make(way: Way, session: Session, target: str, config: EditConfig, on_step: OnStep) -> _Made:
+    """A baseline's picture is an edit without latents."""
     if way.making is None:
         editor = session.editor
         choose = editor.defaults.choose
         candidates = list(climb(session, target, choose, config, editor.model.scorer, on_step))
-        return decide(candidates, choose).chosen.edit, len(candidates)
+        chosen = decide(candidates, choose).chosen
+        return _Made(chosen.edit, chosen.picture, chosen.mask, len(candidates))
     if isinstance(way.making, _Recommended):
-        return session.edit(target, config), 1
-    return Edit(way.making.make(session, target, config), torch.empty(0), config, target, {}), 1
+        edit = session.edit(target, config)
+    else:
+        edit = Edit(way.making.make(session, target, config), torch.empty(0), config, target, {})
+    return _Made(edit, edit.image)
 
 
 def _measure(
@@ -162,21 +176,21 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    edit, made = _make(way, session, case.target, config, on_step)
+    made = _make(way, session, case.target, config, on_step)
     measured = {
         "seconds_edit": time.perf_counter() - start,
         "seconds_tune": session.seconds["tune"],
-        "edits_made": float(made),
+        "edits_made": float(made.edits),
         "photo_pixels": float(math.prod(session.photo_size or session.source.size)),
         "edited_pixels": float(math.prod(session.source.size)),
         "peak_bytes": float(max(held for held in peak_bytes(device).values() if held)),
     }
-    mask = session.change_mask(edit)
+    picture, mask = made.picture, made.mask or session.change_mask(made.edit)
     measured["share_changed"] = mask.share
     if scorer is None:
-        measured |= {"kept_db": kept(edit.image, session.source, mask)}
-        measured |= {"kept_ssim": ssim(edit.image, session.source)}
+        measured |= {"kept_db": kept(picture, session.source, mask)}
+        measured |= {"kept_ssim": ssim(picture, session.source)}
     else:
-        (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([edit.image], [mask])
+        (evidence,) = Witness(scorer, session.source, session.caption, case.target).see([picture], [mask])
         measured |= {**asdict(evidence), "accepted": float(Verdict.of(evidence, choose).good)}
-    return measured | (protocol.truth(index, edit.image, mask) if protocol.truth else {})
+    return measured | (protocol.truth(index, picture, mask) if protocol.truth else {})

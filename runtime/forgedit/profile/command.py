@@ -49,7 +49,7 @@ def run_profile(
     """
     require_matplotlib()
     check_counts(edits=[args.edits], traced_steps=[args.traced_steps], batches=args.batches)
-    tune_config, _ = check_settings(job, args, editor)
+    tune_config = check_settings(job, args, editor, None).tune
     if "num_steps" not in given(args, TuneConfig):
         tune_config = tune_config.replace(num_steps=TUNE_STEPS)
     edit_config = changed(args, editor.defaults.edit)

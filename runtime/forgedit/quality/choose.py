@@ -1,8 +1,10 @@
 """Choosing an edit without anybody's eye: a ladder of settings is climbed until an edit is good enough.
 
-An edit *agrees* if it looks more like the target's words than like the source's, by a margin. It is *good* if it also
-kept enough of the photo. The first good one ends the climb; where none is, the choice falls on the one that agrees and
-kept most, and where none agrees, on the one that comes nearest to it.
+What is judged is what is handed out: the edit put into its photo, which stays as it was outside where the edit changed
+it; or the whole edit, where that is asked for, or so much changed that nothing is left to keep. An edit *agrees* if it
+looks more like the target's words than like the source's, by a margin. It is *good* if it also kept enough of the
+photo. The first good one ends the climb; where none is, the choice falls on the one that agrees and kept most, and
+where none agrees, on the one that comes nearest to it.
 """
 
 from __future__ import annotations
@@ -16,17 +18,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from forgedit.config import ChooseConfig, EditConfig, parse_rung
-from forgedit.errors import ModelError
+from forgedit.errors import InputError, ModelError
 from forgedit.progress import OnStep
 from forgedit.quality.agreement import Scorer, direction, similarity
 from forgedit.quality.change_mask import ChangeMask
-from forgedit.quality.composite import MOST_SHARE, fit_mask
+from forgedit.quality.composite import MOST_SHARE, fit_mask, keep_outside
 from forgedit.quality.metrics import MOST_DECIBELS, psnr, ssim
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from forgedit.session import Edit, Session
+    from forgedit.stages.photo import Photo
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,26 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One rung's edit and the verdict on it; mask: where it changed the photo."""
+    """One edit, and the verdict on what is handed out of it.
+
+    mask: where it changed the photo, found or given
+    picture: what the verdict is of, RGB of the edited size: the edit put into its photo, or the whole one
+    is_kept: whether it was put into its photo; refused: why not, although it was to be, or ''
+    """
 
     edit: Edit
     verdict: Verdict
     mask: ChangeMask
+    picture: Image.Image
+    is_kept: bool
+    refused: str
+
+    def at_photo_size(self, photo: Photo) -> Image.Image:
+        """`picture` at the photo's own size, the photo's own bytes where it was kept.
+
+        photo: the one that was learned, as Editor.tune took it. Raises: InputError for another one
+        """
+        return self.edit.keep_outside(photo, self.mask) if self.is_kept else self.edit.at_photo_size()
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,7 @@ class Witness:
     """Collects the evidence for edits of one photo towards one target; its texts and its photo are embedded once."""
 
     def __init__(self, scorer: Scorer, photo: Image.Image, caption: str, target: str) -> None:
-        self._scorer, self._photo = scorer, photo
+        self._scorer, self.photo = scorer, photo
         self._source_text, self._target_text = scorer.embed_texts([caption, target])
         self._source_image: Tensor = scorer.embed_images([photo])[0]
 
@@ -108,12 +126,35 @@ class Witness:
                 margin=float(to_target[row] - to_source[row]),
                 similarity=float(to_target[row]),
                 direction=float(turned[row]),
-                kept_db=kept(picture, self._photo, mask),
-                kept_ssim=ssim(picture, self._photo),
+                kept_db=kept(picture, self.photo, mask),
+                kept_ssim=ssim(picture, self.photo),
                 identity=float(identity[row]),
             )
             for row, (picture, mask) in enumerate(zip(pictures, masks, strict=True))
         ]
+
+
+def judge(
+    witness: Witness, edits: Sequence[Edit], masks: Sequence[ChangeMask], config: ChooseConfig
+) -> list[Candidate]:
+    """Edits with what is known of each. masks: where each changed the photo"""
+    shown = [
+        handed_out(edit, witness.photo, mask) if config.keep_outside else (edit.image, "")
+        for edit, mask in zip(edits, masks, strict=True)
+    ]
+    evidence = witness.see([picture for picture, _ in shown], masks)
+    return [
+        Candidate(edit, Verdict.of(seen, config), mask, picture, config.keep_outside and not refused, refused)
+        for edit, seen, mask, (picture, refused) in zip(edits, evidence, masks, shown, strict=True)
+    ]
+
+
+def handed_out(edit: Edit, photo: Image.Image, mask: ChangeMask) -> tuple[Image.Image, str]:
+    """An edit put into its photo at the edited size; or the whole one, and why it could not be."""
+    try:
+        return keep_outside(photo, edit.image, mask.mask, feather=1), ""
+    except InputError as error:
+        return edit.image, str(error)
 
 
 def kept(picture: Image.Image, photo: Image.Image, mask: ChangeMask | None) -> float:
@@ -140,10 +181,12 @@ def climb(
     scorer: Scorer | None,
     on_step: OnStep = None,
     cancel: threading.Event | None = None,
+    mask: ChangeMask | None = None,
 ) -> Iterator[Candidate]:
     """Make edits rung by rung, and yield each with its evidence, until one is good, or ladder or budget end.
 
     base: what the rungs leave open; on_step, cancel, Raises: as Session.edit has them; ModelError without a scorer
+    mask: where the photo may change; None has it found for each edit
     The first edits are made whatever the budget; later ones only if those before say that there is time.
     """
     if scorer is None:
@@ -158,16 +201,17 @@ def climb(
             return
         now, ladder = ladder[: config.at_once], ladder[config.at_once :]
         edits = list(session.editor.edits(session, target, now, on_step, cancel))
-        masks = [session.editor.change_mask(session, edit) for edit in edits]
-        verdicts = [Verdict.of(seen, config) for seen in witness.see([edit.image for edit in edits], masks)]
+        masks = [session.editor.change_mask(session, edit) if mask is None else mask for edit in edits]
+        candidates = judge(witness, edits, masks, config)
         longest = max(longest, time.perf_counter() - begin)
-        yield from map(Candidate, edits, verdicts, masks)
-        if any(verdict.good for verdict in verdicts):
+        yield from candidates
+        if any(candidate.verdict.good for candidate in candidates):
             return
 
 
 def best_of(verdicts: Sequence[Verdict]) -> int:
-    """Which one to take: of the good ones, or else of those that agree, what kept most; or else what agrees most.
+    """Which one to take: of the good ones, or else of those that agree, what kept most, and of those that kept alike,
+    what agrees most; or else what agrees most.
 
     Raises: ValueError for none
     """
@@ -176,7 +220,7 @@ def best_of(verdicts: Sequence[Verdict]) -> int:
     order = range(len(verdicts))
     shortlist = [i for i in order if verdicts[i].good] or [i for i in order if verdicts[i].agrees]
     if shortlist:
-        return max(shortlist, key=lambda i: verdicts[i].evidence.kept_db)
+        return max(shortlist, key=lambda i: (verdicts[i].evidence.kept_db, verdicts[i].evidence.margin))
     return max(order, key=lambda i: verdicts[i].evidence.margin)
 
 
@@ -184,8 +228,12 @@ def decide(candidates: Sequence[Candidate], config: ChooseConfig) -> Choice:
     """The best of a climb. Raises: ValueError without candidates."""
     chosen = candidates[best_of([candidate.verdict for candidate in candidates])]
     if chosen.verdict.good:
-        others = " by the scores, and kept most of those" if sum(one.verdict.good for one in candidates) > 1 else ""
-        reason = f"good enough{others}: margin at least {config.least_margin:g}, {config.least_kept_db:g} dB kept"
+        several = sum(candidate.verdict.good for candidate in candidates) > 1
+        others = " by the scores, and best of those" if several else ""
+        rest = f"{config.least_kept_db:g} dB kept"
+        if chosen.is_kept:
+            rest = "the photo put back elsewhere"
+        reason = f"good enough{others}: margin at least {config.least_margin:g}, {rest}"
     elif chosen.verdict.agrees:
         reason = f"none kept {config.least_kept_db:g} dB; of those that show the target the one that kept most"
     else:

@@ -36,15 +36,15 @@ def page_of_run(report: Mapping[str, Any], folder: Path, command: str = "", scor
         keep_outside: {mask, rectangle, feather, photo, those that were given}
     Raises: KeyError for a report that lacks an entry every report has
     """
-    tell_seed = len({entry["settings"]["seed"] for entry in report["edits"]}) > 1
-    sweep = [_shown(entry, folder, tell_seed) for entry in report["edits"]]
+    told = [name for name in ("scheduler", "seed") if len({e["settings"][name] for e in report["edits"]}) > 1]
+    sweep = [_shown(entry, folder, told) for entry in report["edits"]]
     edit, chosen, reason = None, None, ""
     if "the_edit" in report:
         delivered = report["the_edit"]
         entries = [entry["settings"] for entry in report["edits"]]
         chosen = entries.index(delivered["settings"]) if delivered["settings"] in entries else None
         alone = {} if chosen is None else report["edits"][chosen]
-        edit, reason = _shown({**alone, **delivered}, folder, tell_seed), delivered["rule"]
+        edit, reason = _shown({**alone, **delivered}, folder, told), delivered["rule"]
         if [entry["file"] for entry in report["edits"]] == [delivered["file"]]:
             sweep, chosen = [], None
     elif report["command"] == "edit":
@@ -101,10 +101,12 @@ def _kept(asked: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in {**asked, **lists}.items()]
 
 
-def _shown(entry: Mapping[str, Any], folder: Path, tell_seed: bool) -> Shown:
+def _shown(entry: Mapping[str, Any], folder: Path, told: Sequence[str]) -> Shown:
+    """told: settings that the label has besides, as they differ within the run"""
     config = EditConfig(**entry["settings"])
     scores = entry.get("scores") or {PSNR.name: entry.get(PSNR.name)}
-    label = f"{config.strategy}, {strength(config)}" + (f", seed {config.seed}" if tell_seed else "")
+    more = {"scheduler": f", {config.scheduler} {config.num_steps}", "seed": f", seed {config.seed}"}
+    label = f"{config.strategy}, {strength(config)}" + "".join(more[name] for name in told)
     return Shown(folder / entry["file"], label, entry["settings"], scores, entry.get("rejected", ""))
 
 

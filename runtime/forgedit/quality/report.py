@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from forgedit.atomic import write_atomic
 from forgedit.quality.metrics import psnr
@@ -24,23 +25,29 @@ except ModuleNotFoundError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
 
-def describe_edit(edit: Edit, session: Session, file: str) -> dict[str, Any]:
+def describe_edit(edit: Edit, session: Session, file: str, picture: Image.Image | None = None) -> dict[str, Any]:
     """One edit's part of the report.
 
     file: where the picture lies, relative to the report
+    picture: what it shows, at the edited size, where that is not the whole edit
     cut: the target's words beyond the model's tokens; '' if none
     is_reference_schedule: whether the denoising is the method's, or another scheduler's
     psnr_to_original: decibels against session.source, at the edited size; None if equal (JSON has no infinity)
     """
-    decibels = psnr(edit.image, session.source)
     return {
         "file": file,
         "cut": edit.cut,
-        "psnr_to_original": decibels if math.isfinite(decibels) else None,
+        "psnr_to_original": psnr_to_original(picture or edit.image, session),
         "settings": asdict(edit.config),
         "is_reference_schedule": edit.config.scheduler == "ddim",
         "seconds": edit.seconds,
     }
+
+
+def psnr_to_original(picture: Image.Image, session: Session) -> float | None:
+    """Decibels against session.source, of its size; None if equal."""
+    decibels = psnr(picture, session.source)
+    return decibels if math.isfinite(decibels) else None
 
 
 def make_report(
