@@ -52,6 +52,16 @@ def test_the_marks_are_learned_and_checked_on_what_was_held_out():
     assert found.found.edits < 2 < found.oracle.edits == 4
 
 
+def test_edits_put_back_say_nothing_of_what_a_whole_one_has_to_keep():
+    """All of them kept all; that much asked for, an edit that stays whole could never be good."""
+    put_back = [
+        Trial(one.name, {rung: (replace(seen, kept_db=100.0), seen.margin >= 0.1) for rung, (seen, _) in one.edits.items()})
+        for one in trials()
+    ]
+    found = calibrate(put_back, replace(START, least_kept_db=23.6)).choose
+    assert found.least_kept_db == 23.6 and 0.02 < found.least_margin <= 0.32
+
+
 def test_what_was_held_out_takes_no_part(monkeypatch):
     """Marks of the trials held out, turned around, change the check and nothing else."""
     from forgedit.calibrate import search

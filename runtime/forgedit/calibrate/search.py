@@ -20,6 +20,7 @@ import torch
 from forgedit.config import ChooseConfig
 from forgedit.errors import InputError
 from forgedit.quality.choose import Evidence, Verdict, best_of
+from forgedit.quality.metrics import MOST_DECIBELS
 
 FEWEST = 8  # trials: with less nothing can be held out
 HELD_OUT_ONE_IN = 4
@@ -136,7 +137,8 @@ def _better_thresholds(trials: Sequence[Trial], config: ChooseConfig) -> ChooseC
     """
     evidence = [seen for trial in trials for seen, _ in trial.edits.values()]
     margins = _levels(seen.margin for seen in evidence)
-    decibels = _levels(seen.kept_db for seen in evidence)
+    # what was put back into its photo kept all of it, which says nothing of how much a whole edit has to keep
+    decibels = _levels([seen.kept_db for seen in evidence if seen.kept_db < MOST_DECIBELS] or [config.least_kept_db])
     tried = [
         replace(config, least_margin=margin, least_kept_db=kept)
         for margin, kept in [(config.least_margin, config.least_kept_db), *product(margins, decibels)]
