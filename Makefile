@@ -1,8 +1,10 @@
 # PYTHON makes the environment; VENV is where it lies. THREADS is what tests and benches compute with: a shared machine
-# spins at barriers with more threads than it has cores free, so it is never left to the library.
+# spins at barriers with more threads than it has cores free, so it is never left to the library. WORKERS is how many
+# processes share the tests, a file each: some 2 GB of memory a process.
 PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 1
+WORKERS ?= 2
 BIN = $(VENV)/bin
 
 .PHONY: demo test lint bench tables gpu clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/forgedit demo --out out/demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -33,6 +33,12 @@ def subject():
 """
 
 
+@pytest.fixture(autouse=True)
+def in_one_process(monkeypatch):
+    """A bench among workers is not measured; here it has to be, whoever runs this test."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def run(pytester):
     """Run one bench of a subject that is none, and return the outcomes and the rows."""
