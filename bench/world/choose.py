@@ -130,17 +130,21 @@ def lines(put_back: Sequence[Trial], whole: Sequence[Trial], config: ChooseConfi
         alone[way] = {rung: by_photo([trial.edits[rung][1] for trial in trials]) for rung in LADDER}
         oracle = by_photo([any(mark for _, mark in trial.edits.values()) for trial in trials])
         share = float(ours[way].mean() / oracle.mean())
+        bar, most = (None, None) if way else (0.9, 8)  # of what is handed out if nothing else is said
         found += [
             Line(f"chosen{way}", "accepted", bootstrap(ours[way])),
-            Line(f"chosen{way}", "edits made", bootstrap(by_photo(made)), at_most=8),
-            Line(f"chosen{way}", "share of the best of all edits", Figure(share, share, share, len(trials)), 0.9),
+            Line(f"chosen{way}", "edits made", bootstrap(by_photo(made)), at_most=most),
+            Line(f"chosen{way}", "share of the best of all edits", Figure(share, share, share, len(trials)), bar),
             Line(f"best of all edits{way}", "accepted", bootstrap(oracle)),
             *(Line(f"alone {rung}{way}", "accepted", bootstrap(marks)) for rung, marks in alone[way].items()),
         ]
-    for way, other in (("", ", whole"), ("", ""), (", whole", ", whole")):
+    against = {
+        "chosen above the best single setting": ("", ", whole", 0.10),
+        "chosen above the best single setting put back": ("", "", None),  # above which less than the bar is left
+        "chosen, whole, above the best single setting": (", whole", ", whole", None),
+    }
+    for name, (way, other, bar) in against.items():
         best = max(alone[other], key=lambda rung: float(alone[other][rung].mean()))
-        name = f"chosen{way}, above the best single setting{other}"
-        bar = 0.10 if other else None  # where the photo is put back, less than that is left above a single setting
         found.append(Line(name, f"accepted, {best}", paired(ours[way], alone[other][best]), at_least=bar))
     return found
 
