@@ -80,8 +80,8 @@ def note_evidence(maker: Maker, pair: int) -> None:
 
 def note_path(maker: Maker, pair: int, setting: Setting, keep_outside: bool) -> Path:
     """Of the evidence; the picture it is of lies beside it, as .png."""
-    path = maker.path(pair, setting)
-    return path.with_name(f"{path.stem}-kept.json") if keep_outside else path.with_suffix(".json")
+    path = maker.kept_path if keep_outside else maker.path
+    return path(pair, setting).with_suffix(".json")
 
 
 def read_trials(maker: Maker, pairs: Sequence[int], keep_outside: bool) -> list[Trial]:

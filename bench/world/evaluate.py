@@ -25,6 +25,7 @@ from bench.world import report
 from bench.world.captioner import describe
 from bench.world.grid import contact_sheet
 from forgedit import Edit, EditConfig, Editor, Session, TuneConfig
+from forgedit.quality.choose import handed_out
 from forgedit.world.judge import JUDGE, load_judge
 from forgedit.world.render import render
 from forgedit.world.scene import KINDS, Edits, captions, sample_edits
@@ -113,6 +114,23 @@ class Maker:
         key = json.dumps([self.targets[pair], tuned, asdict(setting.edit)], sort_keys=True)
         return self.folder / f"{pair:04d}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.png"
 
+    def kept_path(self, pair: int, setting: Setting) -> Path:
+        """Of the same edit put into its photo, outside the mask found for it."""
+        path = self.path(pair, setting)
+        return path.with_name(f"{path.stem}-kept.png")
+
+    def put_back(self, pair: int, wanted: list[Setting]) -> None:
+        """What is missing of those; the whole pictures are there."""
+        missing = [setting for setting in wanted if not self.kept_path(pair, setting).exists()]
+        if not missing:
+            return
+        session = self.session(pair)
+        for setting in missing:
+            picture = Image.open(self.path(pair, setting)).convert("RGB")
+            edit = Edit(picture, torch.empty(0), setting.edit, self.targets[pair], {})  # no latents are kept
+            shown, _ = handed_out(edit, session.source, session.change_mask(edit))
+            _write(shown, self.kept_path(pair, setting))
+
     def make(self, pair: int, wanted: list[Setting]) -> None:
         """Tune once, and edit with each setting that has no picture yet; strategies together, as weights are merged."""
         missing = [setting for setting in wanted if not self.path(pair, setting).exists()]
@@ -147,9 +165,7 @@ class Maker:
             return self.editor.load_session(saved.path)
 
     def _keep(self, pair: int, setting: Setting, edit: Edit) -> None:
-        partial = self.path(pair, setting).with_suffix(".partial")
-        edit.image.save(partial, format="PNG")
-        partial.replace(self.path(pair, setting))
+        _write(edit.image, self.path(pair, setting))
 
     def _untuned(self, pair: int) -> Session:
         """A session in which nothing was learned: one weight, at its original value."""
@@ -166,14 +182,20 @@ class Maker:
             seconds={},
         )
 
-    def pictures(self, wanted: list[Setting], pairs: range) -> dict[str, Tensor]:
+    def pictures(self, wanted: list[Setting], pairs: range, put_back: bool = False) -> dict[str, Tensor]:
         """Every picture by setting's name, [pairs, 3, S, S]; settings that are not complete are left out."""
         found = {}
         for setting in wanted:
-            paths = [self.path(pair, setting) for pair in pairs]
+            paths = [(self.kept_path if put_back else self.path)(pair, setting) for pair in pairs]
             if all(path.exists() for path in paths):
                 found[setting.name] = to_pixels([Image.open(path).convert("RGB") for path in paths])
         return found
+
+
+def _write(picture: Image.Image, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)
 
 
 def main() -> None:

@@ -58,11 +58,13 @@ class Makers:
         for learned in dict.fromkeys(arm.learned for arm in arms):
             wanted = [Setting(arm.name, arm.edit) for arm in arms if arm.learned == learned]
             self.of(learned).make(pair, list({setting.edit: setting for setting in wanted}.values()))
+            put_back = [arm for arm in arms if arm.learned == learned and arm.put_back]
+            self.of(learned).put_back(pair, [Setting(arm.name, arm.edit) for arm in put_back])
 
     def pictures(self, arm: Arm, pairs: int) -> Tensor | None:
         """Of the arm's pairs among the first so many, [n, 3, S, S] in [-1, 1]; None while one is missing."""
         setting = Setting(arm.name, arm.edit)
-        return self.of(arm.learned).pictures([setting], pairs_of(arm, pairs)).get(arm.name)
+        return self.of(arm.learned).pictures([setting], pairs_of(arm, pairs), arm.put_back).get(arm.name)
 
 
 def write(name: str, made: Mapping[Arm | None, list[Line]], out: Path, makers: Makers, pairs: int, seed: int) -> None:
@@ -75,6 +77,7 @@ def write(name: str, made: Mapping[Arm | None, list[Line]], out: Path, makers: M
             report.write(found, out, common, {})
             continue
         own = {"tune": dict(arm.learned.tune), "source": arm.learned.source, "delta": arm.learned.delta}
+        own |= {"put_back": arm.put_back}
         report.write(found, out, common | own, {line.measure: asdict(arm.edit) for line in found})
 
 

@@ -50,6 +50,9 @@ SHOWN = {
         OF_TWO_KINDS | {part: head for part, head in ACCEPTED.items() if part != "success"},
         {"accepted": "accepted, above none:1"},
     ),
+    "findings_put_back": Shown(
+        "put back", ACCEPTED, {"accepted": "accepted, above none:1, put back"}, lambda arm: arm.endswith("put back")
+    ),
     "findings_forgetting": Shown(
         "forgetting",
         OF_TWO_KINDS | {part: head for part, head in ACCEPTED.items() if part != "success"},

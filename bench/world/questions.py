@@ -41,11 +41,15 @@ class Learned:
 @dataclass(frozen=True)
 class Arm:
     """One setting. With gamma 0 it is a reconstruction, one of each photo, and held against it; else against the true
-    edit."""
+    edit.
+
+    put_back: whether the edit is put into its photo, outside the mask found for it
+    """
 
     name: str
     edit: EditConfig
     learned: Learned = Learned()
+    put_back: bool = False
 
     @property
     def reconstructs(self) -> bool:
@@ -72,6 +76,7 @@ def questions(default: EditConfig) -> dict[str, Question]:
     base = replace(base, **QUICK)
     return {
         "strategies": _strategies(base),
+        "put back": _put_back(base),
         "forgetting": _forgetting(base),
         "profile": replace(_two_ways(base, "official", "paper", Learned(tune=(("profile", "paper"),))), pairs=15),
         "source": replace(_two_ways(base, "caption", "target", Learned(source="target")), pairs=15),
@@ -88,6 +93,19 @@ def _strategies(base: EditConfig) -> Question:
     arms = tuple(Arm(rung, replace(base, **parse_rung(rung))) for rung in rungs)
     against = [(rung, "none:1") for rung in rungs[1:]] + [("none:1+1.2", "none:1.2"), ("none:1+1.2", "none:0.8")]
     return Question(arms, tuple(against), by="kinds", pairs=201)
+
+
+def _put_back(base: EditConfig) -> Question:
+    """The same edits, put into their photos."""
+    whole = _strategies(base).arms
+    kept = tuple(_in_its_photo(arm) for arm in whole)
+    against = [(arm.name, "none:1, put back") for arm in kept if arm.name != "none:1, put back"]
+    against += [(ours.name, theirs.name) for ours, theirs in zip(kept, whole, strict=True)]
+    return Question(whole + kept, tuple(against), by="kinds", pairs=201)
+
+
+def _in_its_photo(arm: Arm) -> Arm:
+    return replace(arm, name=f"{arm.name}, put back", put_back=True)
 
 
 def _forgetting(base: EditConfig) -> Question:
@@ -137,6 +155,7 @@ def _steps(base: EditConfig) -> Question:
         for learned in [Learned(() if steps == 40 else (("num_steps", steps), ("loss_threshold", 0.0)))]
         for words, gamma in (("", 1.0), (", reconstruction", 0.0))
     )
+    arms += tuple(_in_its_photo(arm) for arm in arms if not arm.reconstructs)
     names = [arm.name for arm in arms]
     against = tuple((name, "40 steps" + name.partition(" steps")[2]) for name in names if name[:2] != "40")
     return Question(arms, against, pairs=15)
