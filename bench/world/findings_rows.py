@@ -51,7 +51,7 @@ SHOWN = {
         {"accepted": "accepted, above none:1"},
     ),
     "findings_put_back": Shown(
-        "put back", ACCEPTED, {"accepted": "accepted, above none:1, put back"}, lambda arm: arm.endswith("put back")
+        "put back", ACCEPTED, {"accepted": "accepted, above the same whole"}, lambda arm: arm.endswith("put back")
     ),
     "findings_forgetting": Shown(
         "forgetting",

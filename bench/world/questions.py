@@ -99,8 +99,8 @@ def _put_back(base: EditConfig) -> Question:
     """The same edits, put into their photos."""
     whole = _strategies(base).arms
     kept = tuple(_in_its_photo(arm) for arm in whole)
-    against = [(arm.name, "none:1, put back") for arm in kept if arm.name != "none:1, put back"]
-    against += [(ours.name, theirs.name) for ours, theirs in zip(kept, whole, strict=True)]
+    against = [(ours.name, theirs.name) for ours, theirs in zip(kept, whole, strict=True)]
+    against += [(arm.name, "none:1, put back") for arm in kept if arm.name != "none:1, put back"]
     return Question(whole + kept, tuple(against), by="kinds", pairs=201)
 
 
