@@ -88,7 +88,7 @@ def test_batch_folder(run, photo, tmp_path):
     (folder / "a.png").write_bytes((BUNDLED / "demo.png").read_bytes())
     (folder / "cut.jpg").write_bytes(photo.read_bytes()[:500])
     (folder / "notes.txt").write_text("no photo")
-    code, out, err = run("batch_folder.py", folder, TARGET, tmp_path / "out", *FEW)
+    code, out, err = run("batch_folder.py", folder, TARGET, tmp_path / "out", *FEW, "--num-steps", "2")
     assert (code, err) == (0, "") and "2 edited, 2 skipped" in out
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [entry["photo"] for entry in report["edited"]] == ["a.png", "b.jpg"]
@@ -98,6 +98,8 @@ def test_batch_folder(run, photo, tmp_path):
     }
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").glob("*.png")}
     assert sizes == {"a.png.png": Image.open(BUNDLED / "demo.png").size, "b.jpg.png": (96, 80)}
+    kept = np.asarray(Image.open(tmp_path / "out/a.png.png")) == np.asarray(Image.open(BUNDLED / "demo.png"))
+    assert 0.1 < kept.all(axis=2).mean() < 1 and all(entry["why"] for entry in report["edited"])
 
 
 def test_every_example_is_run():

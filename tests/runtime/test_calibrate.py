@@ -54,11 +54,12 @@ def test_the_marks_are_learned_and_checked_on_what_was_held_out():
 
 def test_edits_put_back_say_nothing_of_what_a_whole_one_has_to_keep():
     """All of them kept all; that much asked for, an edit that stays whole could never be good."""
-    put_back = [
-        Trial(one.name, {rung: (replace(seen, kept_db=100.0), seen.margin >= 0.1) for rung, (seen, _) in one.edits.items()})
-        for one in trials()
-    ]
-    found = calibrate(put_back, replace(START, least_kept_db=23.6)).choose
+
+    def put_back(trial):
+        seen = {rung: evidence for rung, (evidence, _) in trial.edits.items()}
+        return Trial(trial.name, {rung: (replace(one, kept_db=100.0), one.margin >= 0.1) for rung, one in seen.items()})
+
+    found = calibrate([put_back(trial) for trial in trials()], replace(START, least_kept_db=23.6)).choose
     assert found.least_kept_db == 23.6 and 0.02 < found.least_margin <= 0.32
 
 
@@ -203,7 +204,7 @@ def test_whole_edits_and_those_put_back_are_told_apart(sweeps):
         path = place / "report.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"keep_outside": {}}))
         if index == 4:
-            with pytest.raises(InputError, match="put back into their photos; unipc in 20 steps, whole|whole; unipc"):
+            with pytest.raises(InputError, match="20 steps, whole; unipc in 20 steps, put back into their photos; exp"):
                 read_marked(sweeps, ColourScorer())
     assert read_marked(sweeps, ColourScorer()).keep_outside
 
