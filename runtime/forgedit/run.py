@@ -117,7 +117,9 @@ def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console
                 if not made.folder:
                     name = EDIT if job.keep is None else WHOLE
                 in_folder[made.folder] += 1
-                console.count(in_folder.total(), len(plan.edits))
+                climbing = made.folder == "tried"  # all of the ladder may come; afterwards one knows
+                total = len(plan.edits) if climbing else in_folder["tried"] + len(plan.others)
+                console.count(in_folder.total(), total)
                 background.do(partial(_write_edit, job, session, name, made, choose, noted, console))
         answer = _answer(args.command, noted, choose, editor.defaults.edit)
         if answer is not None:
