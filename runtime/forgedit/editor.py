@@ -1,4 +1,7 @@
-"""The editor: owns one model and runs the stages in order."""
+"""The editor: owns one model and runs the stages in order.
+
+Longer than most files, as every public call stands here with all that it promises; what they do is elsewhere.
+"""
 
 from __future__ import annotations
 
