@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from PIL import Image
@@ -264,7 +265,9 @@ def _finish(
         made, rule = answer
         delivery = deliver(session, made.edit, made.entry, mask or made.mask, job.keep)
         for name, picture in delivery.pictures.items():
-            if name != made.entry["file"]:
+            if made.folder and name == delivery.told["the_edit"]["file"]:  # written already: encoding takes seconds
+                write_atomic(job.out / name, partial(copyfile, job.out / made.entry["file"]))
+            elif name != made.entry["file"]:
                 _save(picture, job.out / name)
         more, not_kept = more | delivery.told, delivery.not_kept
         more["the_edit"] |= {"settings": asdict(made.edit.config), "rule": rule}
