@@ -3,7 +3,7 @@
 forgetting.png  what each strategy takes away of a photo, and what that does to edits
 blend.png       VS and VP: edits that succeed and keep the rest, against what is left outside them
 keep.png        from nothing kept of what is forgotten to all
-steps.png       tuning steps: the photo learned, the edit lost
+steps.png       tuning steps: the photo learned, the edit lost, and what is accepted whole and put back
 baselines.png   other methods, with and without forgetting
 """
 
@@ -87,10 +87,13 @@ def plot_steps(found: Found) -> Figure:
     _line(panels[0], STEPS, of_photo, GREY, "")
     for part, color in (("success", BLUE), ("rest kept", ORANGE)):
         _line(panels[1], STEPS, [found[f"{steps} steps", part] for steps in STEPS], color, part)
-    _line(panels[2], STEPS, [found[f"{steps} steps", "PSNR outside"] for steps in STEPS], GREY, "")
-    panels[1].set_ylim(-0.05, 1.08)
-    panels[1].legend(fontsize=7, frameon=False, loc="lower left")
-    for axes, words in zip(panels, ("The photo, dB", "Its edits", "Outside the edit, dB"), strict=True):
+    for words, color in (("whole", GREY), ("put back", GREEN)):
+        arms = [f"{steps} steps" + (", put back" if words == "put back" else "") for steps in STEPS]
+        _line(panels[2], STEPS, [found[arm, "accepted"] for arm in arms], color, words)
+    for axes in panels[1:]:
+        axes.set_ylim(-0.05, 1.08)
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
+    for axes, words in zip(panels, ("The photo, dB", "Its edits, whole", "Accepted"), strict=True):
         axes.set_xscale("log")
         axes.set_xticks(STEPS, [f"{steps}" for steps in STEPS])
         axes.minorticks_off()

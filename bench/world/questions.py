@@ -158,7 +158,7 @@ def _steps(base: EditConfig) -> Question:
     arms += tuple(_in_its_photo(arm) for arm in arms if not arm.reconstructs)
     names = [arm.name for arm in arms]
     against = tuple((name, "40 steps" + name.partition(" steps")[2]) for name in names if name[:2] != "40")
-    return Question(arms, against, pairs=15)
+    return Question(arms, against, pairs=45)
 
 
 def _delta(base: EditConfig) -> Question:
