@@ -326,7 +326,7 @@ def test_dreambooth_is_as_much_stronger_as_the_model_asks(folder, photo):
     DreamBooth().learn(editor, photo, CAPTION, TARGET)
     DreamBooth(2.0).learn(editor, photo, CAPTION, TARGET)
     rates = [(config.unet_lr, config.text_encoder_lr) for config in seen]
-    assert rates == [pytest.approx((5e-5, 5e-5)), pytest.approx((1e-5, 1e-5))]
+    assert rates == [pytest.approx((2e-4, 2e-4)), pytest.approx((1e-5, 1e-5))]
     assert {(c.profile, c.num_steps, c.batch_size, c.caption) for c in seen} == {("dreambooth", 100, 4, CAPTION)}
 
 
