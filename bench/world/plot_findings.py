@@ -103,28 +103,30 @@ def plot_steps(found: Found) -> Figure:
 
 
 def plot_baselines(found: Found) -> Figure:
-    """A dot a method with nothing forgotten, and an arrow to each strategy."""
-    figure, (axes,) = _panels(1)
+    """A line a method, a mark a strategy."""
+    figure, panels = _panels(3)
     arms = [case for case, part in found if part == "success and kept" and " above " not in case]
-    for method in dict.fromkeys(arm.partition(": ")[0] for arm in arms):
-        start = next(arm for arm in arms if arm in (method, f"{method}: none"))
-        x, y = (found[start, part]["value"] for part in ("PSNR outside", "success and kept"))
-        color = ORANGE if method == "Forgedit" else BLUE
-        axes.scatter([x], [y], color=color, s=22, zorder=3)
-        axes.annotate(method, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
-        for strategy, mark in (("encoderattn", "^"), ("decoderattn", "v")):
-            if (arm := f"{method}: {strategy}") in arms:
-                to = tuple(found[arm, part]["value"] for part in ("PSNR outside", "success and kept"))
-                axes.annotate("", to, (x, y), arrowprops=dict(arrowstyle="-", color=color, linewidth=0.6))
-                axes.scatter(*to, marker=mark, color=color, s=18, alpha=0.7)
-    for mark, words in (("o", "nothing forgotten"), ("^", "encoderattn"), ("v", "decoderattn")):
-        axes.scatter([], [], marker=mark, color=GREY, s=18, label=words)
-    axes.set_xlim(right=min(axes.get_xlim()[1], 34))  # the photo unchanged is at infinity
-    axes.set_ylim(-0.05, 1.08)
-    axes.set_xlabel("PSNR outside, dB", fontsize=8)
-    axes.set_ylabel("success and kept", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="lower left")
-    _title(axes, "Other methods, on the same model")
+    methods = list(dict.fromkeys(arm.partition(": ")[0] for arm in arms))
+    marks = {"none": ("o", GREY), "encoderattn": ("^", BLUE), "decoderattn": ("v", ORANGE)}
+    shown = (("success and kept", "Success and rest kept"), ("PSNR outside", "Outside, dB"), ("accepted", "Accepted"))
+    for axes, (part, words) in zip(panels, shown, strict=True):
+        for place, method in enumerate(methods):
+            axes.axhline(place, color=GREY, linewidth=0.3)
+            for name, (mark, color) in marks.items():
+                arm = method if name == "none" and method in arms else f"{method}: {name}"
+                if arm in arms:
+                    value = found[arm, part]["value"]
+                    axes.plot([value], [place], mark, color=color, markersize=5)
+        axes.set_yticks(range(len(methods)), methods if axes is panels[0] else [""] * len(methods))
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+        if part == "PSNR outside":
+            axes.set_xlim(right=34)  # the photo unchanged is at infinity
+        else:
+            axes.set_xlim(-0.05, 1.05)
+        _title(axes, words)
+    for name, (mark, color) in marks.items():
+        panels[2].plot([], [], mark, color=color, markersize=5, label="nothing forgotten" if name == "none" else name)
+    panels[2].legend(fontsize=7, frameon=False, loc="upper right")
     return _signed(figure, found)
 
 
