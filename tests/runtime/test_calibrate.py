@@ -202,7 +202,7 @@ def test_whole_edits_and_those_put_back_are_told_apart(sweeps):
     """Thresholds belong to what was looked at: a profile of sweeps with --keep-outside keeps the rest, another not."""
     for index, place in enumerate(sorted(sweeps.iterdir())):
         path = place / "report.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"keep_outside": {}}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"choose": {"keep_outside": True}}))
         if index == 4:
             with pytest.raises(InputError, match="20 steps, whole; unipc in 20 steps, put back into their photos; exp"):
                 read_marked(sweeps, ColourScorer())

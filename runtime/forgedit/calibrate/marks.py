@@ -90,7 +90,7 @@ def _read_trial(place: Path, scorer: Scorer) -> tuple[Trial, set[tuple[str, int,
                 "scored, or by an earlier version; sweep again, with a scorer"
             )
         edits[format_rung(settings[file])] = replace(seen, kept_db=kept_db), mark
-    keep = "keep_outside" in report
+    keep = bool(report.get("choose", {}).get("keep_outside"))  # reports of before it could be said have whole edits
     return Trial(place.name, edits), {(settings[file].scheduler, settings[file].num_steps, keep) for file in marks}
 
 
