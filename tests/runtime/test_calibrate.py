@@ -207,6 +207,9 @@ def test_whole_edits_and_those_put_back_are_told_apart(sweeps):
             with pytest.raises(InputError, match="20 steps, whole; unipc in 20 steps, put back into their photos; exp"):
                 read_marked(sweeps, ColourScorer())
     assert read_marked(sweeps, ColourScorer()).keep_outside
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"choose": 7}))
+    with pytest.raises(InputError, match="no report of a sweep: TypeError"):
+        read_marked(sweeps, ColourScorer())
 
 
 def change_entries(place, **changes):

@@ -66,6 +66,8 @@ def _read_trial(place: Path, scorer: Scorer) -> tuple[Trial, set[tuple[str, int,
     try:
         settings = {str(entry["file"]): EditConfig(**entry["settings"]) for entry in report["edits"]}
         kept = {str(entry["file"]): _kept_db(entry) for entry in report["edits"]}
+        # reports of before it could be said are of whole edits
+        keep = "keep_outside" in report.get("choose", ()) and bool(report["choose"]["keep_outside"])
         caption, target, (width, height) = str(report["caption"]), str(report["target"]), report["edited_size"]
         if not all(isinstance(side, int) and SIDES[0] <= side <= SIDES[1] for side in (width, height)):
             raise ValueError(f"edited_size {[width, height]!r}; expected two sides of {SIDES[0]} to {SIDES[1]} pixels")
@@ -90,7 +92,6 @@ def _read_trial(place: Path, scorer: Scorer) -> tuple[Trial, set[tuple[str, int,
                 "scored, or by an earlier version; sweep again, with a scorer"
             )
         edits[format_rung(settings[file])] = replace(seen, kept_db=kept_db), mark
-    keep = bool(report.get("choose", {}).get("keep_outside"))  # reports of before it could be said have whole edits
     return Trial(place.name, edits), {(settings[file].scheduler, settings[file].num_steps, keep) for file in marks}
 
 
