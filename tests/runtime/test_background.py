@@ -73,19 +73,23 @@ def test_what_the_block_raises_comes_first_and_the_work_is_done_all_the_same():
 
 def test_an_interrupt_while_it_waits_leaves_what_has_not_begun():
     done, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under some shells
+    waiting = threading.Event()
 
     def interrupt():
+        waiting.wait(PATIENCE)  # earlier it would end the block, and all be done
+        time.sleep(0.5)  # a signal just before a lock is waited for does not end the wait
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.1)
+        begin = time.perf_counter()
+        while not background._stopped and time.perf_counter() < begin + PATIENCE:
+            time.sleep(0.001)
         done.append(1)
 
     try:
         with pytest.raises(KeyboardInterrupt), Background() as background:
-            go = threading.Event()
-            background.do(lambda: go.wait(PATIENCE))
+            wait = background._wait
+            background._wait = lambda: (waiting.set(), wait())
             background.do(interrupt)
             background.do(lambda: done.append(2))
-            go.set()
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == [1]
