@@ -77,11 +77,10 @@ def test_an_interrupt_while_it_waits_leaves_what_has_not_begun():
 
     def interrupt():
         waiting.wait(PATIENCE)  # earlier it would end the block, and all be done
-        time.sleep(0.5)  # a signal just before a lock is waited for does not end the wait
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        begin = time.perf_counter()
-        while not background._stopped and time.perf_counter() < begin + PATIENCE:
-            time.sleep(0.001)
+        end = time.perf_counter() + PATIENCE
+        while not background._stopped and time.perf_counter() < end:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # once more then: a signal just before a lock is waited for does not end the wait
         done.append(1)
 
     try:
