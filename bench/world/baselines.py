@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.world import report
 from bench.world.choose import EDITS_EACH
-from bench.world.evaluate import GRID_ROWS, STRATEGIES, Maker
+from bench.world.evaluate import GRID_ROWS, STRATEGIES, Maker, write_picture
 from bench.world.grid import contact_sheet
 from bench.world.pairs import pairs_by_photo, some_pairs
 from bench.world.report import Line
@@ -110,8 +110,7 @@ class Kept:
             made = arm.baseline.make(session, target, replace(self.edit, strategy=arm.strategy))
             seconds = {"picture": made.seconds, "tune": session.seconds["tune"], "losses": session.losses}
             path.with_suffix(".json").write_text(json.dumps(seconds), encoding="utf-8")
-            made.image.save(path.with_suffix(".partial"), format="PNG")
-            path.with_suffix(".partial").replace(path)
+            write_picture(made.image, path)
 
     def _learned(self, pair: int, baseline: Baseline) -> Session:
         """What several arms and edits of a photo share; Forgedit's own sessions are the maker's, which keeps them."""

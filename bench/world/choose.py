@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from bench.world import report
-from bench.world.evaluate import Maker, Setting
+from bench.world.evaluate import Maker, Setting, write_picture
 from bench.world.pairs import pairs_by_photo, some_pairs
 from bench.world.report import Line
-from forgedit import ChooseConfig, Edit, Editor
+from forgedit import ChooseConfig, Editor
 from forgedit.atomic import write_atomic
 from forgedit.calibrate.search import Trial, calibrate, follow
 from forgedit.config import parse_rung
@@ -66,14 +66,13 @@ def note_evidence(maker: Maker, pair: int) -> None:
     session, target = maker.session(pair), maker.targets[pair]
     witness = Witness(scorer, session.source, session.caption, target)
     for setting in missing:
-        picture = Image.open(maker.path(pair, setting)).convert("RGB")
-        edit = Edit(picture, torch.empty(0), setting.edit, target, {})
+        edit = maker.edit(pair, setting)
         mask = session.change_mask(edit)
         for keep_outside in (False, True):
             (seen,) = judge_edits(witness, [edit], [mask], ChooseConfig(keep_outside=keep_outside))
             path = note_path(maker, pair, setting, keep_outside)
             if keep_outside:
-                seen.picture.save(path.with_suffix(".png"))
+                write_picture(seen.picture, path.with_suffix(".png"))
             note = {"scorer": scorer.name, "share_changed": mask.share, **asdict(seen.verdict.evidence)}
             write_atomic(path, partial(Path.write_text, data=json.dumps(note)))
 

@@ -25,6 +25,7 @@ from bench.world import report
 from bench.world.captioner import describe
 from bench.world.grid import contact_sheet
 from forgedit import Edit, EditConfig, Editor, Session, TuneConfig
+from forgedit.atomic import write_atomic
 from forgedit.quality.choose import handed_out
 from forgedit.world.judge import JUDGE, load_judge
 from forgedit.world.render import render
@@ -126,10 +127,14 @@ class Maker:
             return
         session = self.session(pair)
         for setting in missing:
-            picture = Image.open(self.path(pair, setting)).convert("RGB")
-            edit = Edit(picture, torch.empty(0), setting.edit, self.targets[pair], {})  # no latents are kept
-            shown, _ = handed_out(edit, session.source, session.change_mask(edit))
-            _write(shown, self.kept_path(pair, setting))
+            edit = self.edit(pair, setting)
+            shown, _ = handed_out(edit.image, session.source, session.change_mask(edit))
+            write_picture(shown, self.kept_path(pair, setting))
+
+    def edit(self, pair: int, setting: Setting) -> Edit:
+        """A whole edit as its picture was kept: without latents and seconds."""
+        picture = Image.open(self.path(pair, setting)).convert("RGB")
+        return Edit(picture, torch.empty(0), setting.edit, self.targets[pair], {})
 
     def make(self, pair: int, wanted: list[Setting]) -> None:
         """Tune once, and edit with each setting that has no picture yet; strategies together, as weights are merged."""
@@ -165,7 +170,7 @@ class Maker:
             return self.editor.load_session(saved.path)
 
     def _keep(self, pair: int, setting: Setting, edit: Edit) -> None:
-        _write(edit.image, self.path(pair, setting))
+        write_picture(edit.image, self.path(pair, setting))
 
     def _untuned(self, pair: int) -> Session:
         """A session in which nothing was learned: one weight, at its original value."""
@@ -192,10 +197,8 @@ class Maker:
         return found
 
 
-def _write(picture: Image.Image, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+def write_picture(picture: Image.Image, path: Path) -> None:
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def case_of(maker: Maker, judge: Judge, pair: int, setting: Setting, photo: int)
     found = to_pixels([mask.mask.convert("RGB")])
     covered = found[:, :1] > 0
     whole, kept, shown = score(judge, to_pixels([image]), source, true, one), None, torch.zeros_like(source)
-    picture, refused = handed_out(edit, maker.photos[pair], mask)
+    picture, refused = handed_out(image, maker.photos[pair], mask)
     if not refused:
         shown = to_pixels([picture])
         kept = score(judge, shown, source, true, one)

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.world import report
-from bench.world.evaluate import Maker
+from bench.world.evaluate import Maker, write_picture
 from bench.world.grid import contact_sheet
 from bench.world.judge import round_trip
 from bench.world.pairs import pairs_by_photo
@@ -159,8 +159,7 @@ class Reach:
 
     def _keep(self, pair: int, column: Together | Way, images: Sequence[Image.Image]) -> None:
         for path, image in zip(self.paths(pair, column), images, strict=True):
-            image.save(path.with_suffix(".partial"), format="PNG")
-            path.with_suffix(".partial").replace(path)
+            write_picture(image, path)
 
 
 def rows_of(edits: Edits, pair: int, source: Scenes, target: Scenes) -> Edits:

@@ -155,9 +155,9 @@ def settle_keep(job: Job, args: argparse.Namespace, choose: ChooseConfig | None)
     """
     if choose is None:
         return job, None
-    if job.keep is None and choose.keep_outside and args.keep_outside is None and args.command != "sweep":
-        if job.photo is not None:
-            job = replace(job, keep=Keep(job.photo, None, None, None))
+    unsaid = job.keep is None and args.keep_outside is None
+    if unsaid and choose.keep_outside and args.command != "sweep" and job.photo is not None:
+        job = replace(job, keep=Keep(job.photo, None, None, None))
     return job, replace(choose, keep_outside=job.keep is not None)
 
 

@@ -67,7 +67,7 @@ class _Made:
             return self.candidate.picture
         if keep is None or self.mask is None or not self.folder:
             return self.edit.image
-        return handed_out(self.edit, session.source, self.mask)[0]
+        return handed_out(self.edit.image, session.source, self.mask)[0]
 
 
 def run_job(job: Job, args: argparse.Namespace, editor: Editor, console: Console, load_seconds: float) -> int:
@@ -194,13 +194,12 @@ def _write_edit(
         verdict = made.candidate.verdict
         entry |= {"scores": asdict(verdict.evidence), "rejected": verdict.rejected(choose)}
         entry["share_changed"] = made.candidate.mask.share
-    picture = made.edit.at_photo_size()
+    kept = None
     if job.keep is not None and made.folder and made.mask is not None:
-        change = Change.of(made.edit, made.mask, job.keep)
-        entry["is_kept"] = change.picture is not None
-        picture = change.picture or picture
+        kept = Change.of(made.edit, made.mask, job.keep).picture
+        entry["is_kept"] = kept is not None
     noted.append(replace(made, entry=entry))
-    _save(picture, job.out / name)
+    _save(kept or made.edit.at_photo_size(), job.out / name)
     console.event("edit", path=str(job.out / name), **entry)
 
 

@@ -56,7 +56,7 @@ def test_pictures_are_kept(editor, tmp_path) -> None:
     assert kept.complete(FAST, range(1)) == FAST and kept.path(0, FAST[0]).stat().st_mtime_ns == before
     assert kept.path(0, FAST[0]) != kept.path(0, FAST[1]) and kept.pictures(FAST[1], range(1)).shape == (1, 3, 64, 64)
     assert kept.seconds(FAST[1], range(1), "picture") > 0
-    assert not list(tmp_path.glob("*.partial"))
+    assert not [*tmp_path.glob("*.partial"), *tmp_path.glob(".*.tmp")]
 
 
 def test_what_is_learned_of_a_photo_serves_its_edits(editor, tmp_path, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from forgedit.errors import InputError
 from forgedit.evaluate.cases import Case
 from forgedit.quality.change_mask import ChangeMask
-from forgedit.quality.composite import keep_outside
+from forgedit.quality.choose import handed_out
 from forgedit.world.judge import load_judge
 from forgedit.world.render import changed_mask, render
 from forgedit.world.scene import KINDS, Edits, captions, sample_edits
@@ -79,9 +79,8 @@ def mask_scores(
     found = torch.from_numpy(np.asarray(mask.mask) > 0)
     true = changed[0, 0]
     scores = {"mask_iou": float((found & true).sum() / (found | true).sum().clamp_min(1))}
-    try:
-        kept = keep_outside(photo, picture, mask.mask, feather=1)  # a pixel of the edited picture, as Edit.keep_outside
-    except InputError:
+    kept, refused = handed_out(picture, photo, mask)
+    if refused:
         return scores | {"mask_refused": 1.0, "psnr_outside_kept": float("nan")}
     return scores | {"mask_refused": 0.0, "psnr_outside_kept": float(psnr(to_pixels([kept]), source, ~changed))}
 

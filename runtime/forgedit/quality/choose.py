@@ -139,7 +139,7 @@ def judge(
 ) -> list[Candidate]:
     """Edits with what is known of each. masks: where each changed the photo"""
     shown = [
-        handed_out(edit, witness.photo, mask) if config.keep_outside else (edit.image, "")
+        handed_out(edit.image, witness.photo, mask) if config.keep_outside else (edit.image, "")
         for edit, mask in zip(edits, masks, strict=True)
     ]
     evidence = witness.see([picture for picture, _ in shown], masks)
@@ -149,12 +149,12 @@ def judge(
     ]
 
 
-def handed_out(edit: Edit, photo: Image.Image, mask: ChangeMask) -> tuple[Image.Image, str]:
-    """An edit put into its photo at the edited size; or the whole one, and why it could not be."""
+def handed_out(picture: Image.Image, photo: Image.Image, mask: ChangeMask) -> tuple[Image.Image, str]:
+    """An edited picture put into its photo, both of the edited size; or the whole one, and why it could not be."""
     try:
-        return keep_outside(photo, edit.image, mask.mask, feather=1), ""
+        return keep_outside(photo, picture, mask.mask, feather=1), ""
     except InputError as error:
-        return edit.image, str(error)
+        return picture, str(error)
 
 
 def kept(picture: Image.Image, photo: Image.Image, mask: ChangeMask | None) -> float:
